@@ -1,0 +1,141 @@
+"""Multi-head latent attention (MLA; report, section 2.1.1).
+
+    c_q  = RMSNorm(W_DQ h)                 q = [W_UQ c_q ; RoPE(W_QR c_q)]        (without q_lora_rank: q = W_Q h)
+    c_kv = RMSNorm(W_DKV h)                k = [W_UK c_kv ; RoPE(W_KR h)], the rotary key shared by all heads
+    o    = W_O softmax(q kᵀ · scale) W_UV c_kv
+
+Decoding keeps only c_kv and the rotary key of a token, C + P values a layer, in a `LatentCache`. It attends in one of
+two ways that agree: it decompresses keys and values from the latents, or it folds W_UK into the query and W_UV into the
+output and attends in the latent space ("absorbed"), which reads far less memory when there are few queries.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.config import ModelConfig
+from model.norm import RMSNorm
+from model.rope import apply_rotary, softmax_scale
+
+
+@dataclass(frozen=True)
+class AttentionContext:
+    """What every layer needs to know of the positions: `rotary` [S, P/2, 2] and, unless plainly causal, a boolean
+    `mask` [B or 1, 1, S, keys] that is true where a query may look."""
+
+    rotary: Tensor
+    mask: Tensor | None = None
+
+
+class LatentCache:
+    """Latents and rotary keys of the tokens seen by one layer: [B, capacity, C + P], of which `length` are filled."""
+
+    def __init__(self, batch_size: int, capacity: int, config: ModelConfig, *, like: Tensor) -> None:
+        width = config.kv_lora_rank + config.qk_rope_head_dim
+        self.entries = like.new_zeros(batch_size, capacity, width)
+        self.length = 0
+
+    def append(self, new: Tensor) -> Tensor:
+        """Stores [B, S, C + P] and returns all entries so far, [B, length, C + P]."""
+        end = self.length + new.shape[1]
+        self.entries[:, self.length : end] = new
+        self.length = end
+        return self.entries[:, :end]
+
+
+class MultiHeadLatentAttention(nn.Module):
+    """Attention of one layer."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.scale = softmax_scale(config.qk_head_dim, config.rope_scaling)
+        heads = config.num_attention_heads
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(config.hidden_size, heads * config.qk_head_dim, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(config.hidden_size, config.q_lora_rank, bias=False)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps=config.rms_norm_eps)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, heads * config.qk_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(
+            config.hidden_size, config.kv_lora_rank + config.qk_rope_head_dim, bias=False
+        )
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, eps=config.rms_norm_eps)
+        self.kv_b_proj = nn.Linear(
+            config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False
+        )
+        self.o_proj = nn.Linear(heads * config.v_head_dim, config.hidden_size, bias=False)
+
+    def forward(
+        self, x: Tensor, context: AttentionContext, cache: LatentCache | None = None, *, absorbed: bool = False
+    ) -> Tensor:
+        """[B, S, D] to [B, S, D]. With a cache, x holds the newest positions and attends to all cached ones too."""
+        q_nope, q_rope = self._queries(x, context.rotary)
+        latents, k_rope = self._latents(x, context.rotary)
+        if cache is not None:
+            entries = cache.append(torch.cat((latents, k_rope), dim=-1))
+            latents, k_rope = entries.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], dim=-1)
+        attend = self._attend_in_latent_space if absorbed else self._attend
+        return self.o_proj(attend(q_nope, q_rope, latents, k_rope, context.mask).flatten(-2))
+
+    def _queries(self, x: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
+        """The two parts of the queries, [B, S, H, qk_nope_head_dim] and [B, S, H, P]."""
+        config = self.config
+        q = self.q_proj(x) if config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q_nope, q_rope = q.unflatten(-1, (-1, config.qk_head_dim)).split(
+            [config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1
+        )
+        return q_nope, apply_rotary(q_rope, rotary)
+
+    def _latents(self, x: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
+        """What a cache keeps: c_kv [B, S, C] and the rotary key [B, S, P]."""
+        latents, k_rope = self.kv_a_proj_with_mqa(x).split(
+            [self.config.kv_lora_rank, self.config.qk_rope_head_dim], dim=-1
+        )
+        return self.kv_a_layernorm(latents), apply_rotary(k_rope.unsqueeze(-2), rotary).squeeze(-2)
+
+    def _attend(self, q_nope: Tensor, q_rope: Tensor, latents: Tensor, k_rope: Tensor, mask: Tensor | None) -> Tensor:
+        """Decompresses keys and values; returns [B, S, H, v_head_dim]."""
+        config = self.config
+        k_nope, v = (
+            self.kv_b_proj(latents)
+            .unflatten(-1, (config.num_attention_heads, -1))
+            .split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
+        )
+        k_rope_of_heads = k_rope.unsqueeze(-2).expand(-1, -1, config.num_attention_heads, -1)
+        q = torch.cat((q_nope, q_rope), dim=-1).transpose(1, 2)
+        k = torch.cat((k_nope, k_rope_of_heads), dim=-1).transpose(1, 2)
+        out = F.scaled_dot_product_attention(
+            q, k, v.transpose(1, 2), attn_mask=mask, is_causal=mask is None, scale=self.scale
+        )
+        return out.transpose(1, 2)
+
+    def _attend_in_latent_space(
+        self, q_nope: Tensor, q_rope: Tensor, latents: Tensor, k_rope: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """The same with W_UK and W_UV folded into query and output; returns [B, S, H, v_head_dim]."""
+        config = self.config
+        w_uk, w_uv = self.kv_b_proj.weight.unflatten(0, (config.num_attention_heads, -1)).split(
+            [config.qk_nope_head_dim, config.v_head_dim], dim=1
+        )
+        q_latent = torch.einsum("bshn,hnc->bshc", q_nope, w_uk)
+        scores = torch.einsum("bshc,bkc->bhsk", q_latent, latents) + torch.einsum("bshp,bkp->bhsk", q_rope, k_rope)
+        scores = scores.float() * self.scale
+        if mask is None:
+            mask = causal_mask(q_nope.shape[1], latents.shape[1], device=latents.device)
+        weights = scores.masked_fill(~mask, float("-inf")).softmax(-1).to(latents.dtype)
+        return torch.einsum("bshc,hvc->bshv", torch.einsum("bhsk,bkc->bshc", weights, latents), w_uv)
+
+
+def causal_mask(num_queries: int, num_keys: int, *, device: torch.device) -> Tensor:
+    """True where a query may look, when the queries are the last of the keys: [1, 1, num_queries, num_keys]."""
+    ones = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
+    return ones.tril(num_keys - num_queries)[None, None]
+
+
+def document_mask(documents: Tensor) -> Tensor:
+    """Causal and inside one document: documents [B, S] (any integer ids) to [B, 1, S, S]."""
+    same = documents.unsqueeze(-1) == documents.unsqueeze(-2)
+    return same.unsqueeze(1) & causal_mask(documents.shape[1], documents.shape[1], device=documents.device)
