@@ -1,0 +1,106 @@
+"""Where this process stands among the others, whoever started it: a plain `python`, torchrun or srun.
+
+One process is the same code as many: it is a group of one.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+
+class LaunchError(ValueError):
+    """The environment describes no valid place among processes."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process: `rank` of `world_size`, `local_rank` on its machine, and the device it computes on."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes what only one may write."""
+        return self.rank == 0
+
+
+def find_place(environment: Mapping[str, str] | None = None) -> Place:
+    """Reads rank and world size as torchrun (RANK, ...) or srun (SLURM_PROCID, ...) set them; else a world of one."""
+    environment = os.environ if environment is None else environment
+    rank = _integer(environment, "RANK", "SLURM_PROCID")
+    world_size = _integer(environment, "WORLD_SIZE", "SLURM_NTASKS", default=1)
+    local_rank = _integer(environment, "LOCAL_RANK", "SLURM_LOCALID")
+    if not 0 <= rank < world_size:
+        raise LaunchError(f"RANK = {rank} must lie below WORLD_SIZE = {world_size}; start with torchrun or srun")
+    if not torch.cuda.is_available():
+        return Place(rank, world_size, local_rank, torch.device("cpu"))
+    if local_rank >= torch.cuda.device_count():
+        raise LaunchError(
+            f"LOCAL_RANK = {local_rank} has no GPU of its own: {torch.cuda.device_count()} are visible; "
+            "lower --nproc-per-node"
+        )
+    return Place(rank, world_size, local_rank, torch.device("cuda", local_rank))
+
+
+def join_processes(place: Place) -> None:
+    """Forms the group of all processes: NCCL on GPUs, gloo on CPUs."""
+    os.environ.setdefault("LOCAL_RANK", str(place.local_rank))
+    backend = "gloo"
+    if place.device.type == "cuda":
+        torch.cuda.set_device(place.device)
+        backend = "cpu:gloo,cuda:nccl"
+    if "MASTER_ADDR" in os.environ:
+        dist.init_process_group(
+            backend, rank=place.rank, world_size=place.world_size, timeout=COLLECTIVE_TIMEOUT, init_method="env://"
+        )
+    elif place.world_size == 1:
+        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore(), timeout=COLLECTIVE_TIMEOUT)
+    else:
+        raise LaunchError(
+            f"MASTER_ADDR is not set, so {place.world_size} processes cannot find each other; start with torchrun, "
+            "or export MASTER_ADDR and MASTER_PORT"
+        )
+
+
+def leave_processes() -> None:
+    """Leaves the group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """The element-wise sum over all processes, the same on each."""
+    dist.all_reduce(values)
+    return values
+
+
+def gather_texts(text: str) -> list[str]:
+    """What each process says, in order of rank, known to all."""
+    texts: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(texts, text)
+    return [said or "" for said in texts]
+
+
+def wait_for_all() -> None:
+    """Returns once every process has come here."""
+    gather_texts("")
+
+
+def _integer(environment: Mapping[str, str], *names: str, default: int = 0) -> int:
+    for name in names:
+        if name in environment:
+            try:
+                return int(environment[name])
+            except ValueError:
+                raise LaunchError(f"{name} = {environment[name]!r} must be a whole number") from None
+    return default
