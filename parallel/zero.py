@@ -160,7 +160,7 @@ def load_deepspeed() -> Any:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     warnings.filterwarnings("ignore", "`torch.distributed.*deprecated", FutureWarning)
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     deepspeed = importlib.import_module("deepspeed")
+    deepspeed.utils.logger.setLevel(logging.WARNING)
     importlib.import_module("deepspeed.comm.torch").__dict__["build_shm_op"] = lambda: None
     return deepspeed

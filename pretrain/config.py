@@ -1,0 +1,314 @@
+"""The configuration of a run: TOML in, one frozen tree of small dataclasses out.
+
+Each table is a dataclass beside the code that it configures. Unknown keys are refused with the nearest known name,
+`base = "other.toml"` inherits, `--set table.key=value` overrides. Nothing the user wrote is changed in silence.
+"""
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import TypeAdapter, ValidationError
+
+from data.config import DataConfig
+from model.config import ModelConfig
+from parallel.zero import OptimizerConfig
+from pretrain.errors import UserError
+from pretrain.timeline import Timeline, TimelineConfig, value_at
+
+Table = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """`[run]`: the run's folder is `dir`/`name`. `deterministic` makes GPU kernels repeat their bits, at a price."""
+
+    name: str
+    dir: str = "runs"
+    seed: int = 0
+    deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.name or self.name in (".", "..") or "/" in self.name or "\\" in self.name:
+            raise ValueError(f"name = {self.name!r} must be a plain folder name; the folder above it is run.dir")
+        if not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"seed = {self.seed} must lie between 0 and 2^63 - 1")
+
+    @property
+    def folder(self) -> Path:
+        """Where everything of this run lies."""
+        return Path(self.dir) / self.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """`[train]`: sizes of a step, and where to stop: after `steps` or `tokens`, whichever is given.
+
+    `batch_size` counts sequences a step over all ranks; each rank works through its share `micro_batch_size` at a time.
+    Every `validate_every` steps (0: never) up to `validation_samples` held-out sequences are scored.
+    """
+
+    seq_len: int
+    micro_batch_size: int
+    batch_size: int | None = None
+    steps: int | None = None
+    tokens: int | None = None
+    validate_every: int = 0
+    validation_samples: int = 64
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            lowest = 0 if item.name == "validate_every" else 1
+            if value is not None and value < lowest:
+                raise ValueError(f"{item.name} = {value} must be at least {lowest}")
+        if (self.steps is None) == (self.tokens is None):
+            raise ValueError(
+                f"steps = {self.steps} and tokens = {self.tokens}: give exactly one of train.steps and train.tokens; "
+                "it says where to stop"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionConfig:
+    """`[precision]`: the dtype of weights and activations; masters, moments and gradient sums are always fp32."""
+
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    fp8: Literal["off"] = "off"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """`[parallel]`: how the ranks are used; data parallelism takes what the others leave of the world size."""
+
+    pp: Literal[1] = 1
+    ep: Literal[1] = 1
+    cp: Literal[1] = 1
+    zero_stage: Literal[1] = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """`[checkpoint]`: saved every so many steps (0: only at the end); the last `keep` stay (0: all)."""
+
+    every: int = 1000
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("every", "keep"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} = {getattr(self, name)} must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """`[logging]`: a line in the log every `every` steps; the load of each expert every `expert_load_every` steps.
+
+    `peak_tflops` is what one device can do in the run's precision, for `mfu`; 0 takes the known figure of the device,
+    if there is one.
+    """
+
+    every: int = 10
+    expert_load_every: int = 10
+    tensorboard: bool = True
+    peak_tflops: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("every", "expert_load_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1 step")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole configuration; its fields are the tables of the file."""
+
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    timeline: TimelineConfig
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def schedule(self) -> Timeline:
+        """The timeline with `[train]`'s sizes where it gives none."""
+        return Timeline(self.timeline, self.train.batch_size, self.train.seq_len)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a file, its bases and `key=value` overrides. Raises UserError for anything wrong with them."""
+    table = _read_with_bases(path, seen=())
+    for override in overrides:
+        _apply_override(table, override)
+    return parse_config(table)
+
+
+def parse_config(table: Table) -> Config:
+    """Checks and types a raw table. Raises UserError naming the key, the value and the rule."""
+    unknown = next(_unknown_keys(table, Config, ""), None)
+    if unknown is not None:
+        key, known = unknown
+        nearest = difflib.get_close_matches(key.rpartition(".")[2], known, n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known here: {', '.join(sorted(known))}"
+        raise UserError(f"{key} is not a known key; {hint}")
+    try:
+        config = TypeAdapter(Config).validate_python(table)
+    except ValidationError as error:
+        raise UserError("\n".join(dict.fromkeys(_describe(item) for item in error.errors()))) from None
+    _check_between_tables(config)
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as TOML, every default written out; reading it gives the same configuration."""
+    return tomli_w.dumps(_without_none(dataclasses.asdict(config)))
+
+
+def check_layout(config: Config, world_size: int) -> None:
+    """Checks that every batch of the timeline divides over the ranks. Raises UserError."""
+    share = world_size * config.train.micro_batch_size
+    batch = config.timeline.batch_size
+    if batch is None:
+        key, sizes = "train.batch_size", [config.schedule.at(0).batch_size]
+    elif isinstance(batch, tuple) and any(piece.shape != "constant" for piece in batch):
+        key, sizes = "timeline.batch_size_multiple", [config.timeline.batch_size_multiple]
+    else:
+        tokens = [0, *config.schedule.boundaries()]
+        key, sizes = "timeline.batch_size", [config.schedule.at(seen).batch_size for seen in tokens]
+    for size in sizes:
+        if size % share:
+            raise UserError(
+                f"{key} = {size} must be a multiple of train.micro_batch_size × data ranks = "
+                f"{config.train.micro_batch_size} × {world_size} = {share}; "
+                f"the nearest are {size // share * share or share} and {(size // share + 1) * share}"
+            )
+
+
+def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> Table:
+    if path.resolve() in seen:
+        raise UserError(f"{path} is its own base, through {' → '.join(str(p.name) for p in seen)}; remove one `base`")
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no configuration at {path}" + (f", the base of {seen[-1]}" if seen else "")) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise UserError(f"{path} is not valid TOML: {error}") from None
+    base = table.pop("base", None)
+    if base is None:
+        return table
+    if not isinstance(base, str):
+        raise UserError(f"base = {base!r} in {path} must be the path of another file")
+    return _merged(_read_with_bases(path.parent / base, (*seen, path.resolve())), table)
+
+
+def _merged(base: Table, over: Table) -> Table:
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _apply_override(table: Table, override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts) or len(parts) < 2:
+        raise UserError(f"--set {override} must read table.key=value, such as --set train.steps=100")
+    try:
+        value = tomllib.loads(f"value = {text.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    for part in parts[:-1]:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise UserError(f"--set {override}: {part} is a value, not a table")
+    table[parts[-1]] = value
+
+
+def _unknown_keys(table: Mapping[str, Any], cls: type, path: str) -> Iterator[tuple[str, list[str]]]:
+    """Keys that no field answers to, with the names known beside them."""
+    hints = typing.get_type_hints(cls)
+    for key, value in table.items():
+        where = f"{path}{key}"
+        if key not in hints:
+            yield where, list(hints)
+            continue
+        nested = _dataclass_in(hints[key])
+        values = value if isinstance(value, list) else [value]
+        for item in values:
+            if nested and isinstance(item, dict):
+                yield from _unknown_keys(item, nested, f"{where}.")
+
+
+def _dataclass_in(hint: Any) -> type | None:
+    """The dataclass that a field's type is or contains."""
+    if dataclasses.is_dataclass(hint):
+        return typing.cast(type, hint)
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is not None:
+        found = (_dataclass_in(argument) for argument in typing.get_args(hint))
+        return next((cls for cls in found if cls), None)
+    return None
+
+
+def _describe(error: Mapping[str, Any]) -> str:
+    """One line on one of pydantic's errors."""
+    names = [str(part) for part in error["loc"] if isinstance(part, int) or part in _ALL_FIELD_NAMES]
+    key = ".".join(names)
+    if error["type"] == "value_error":
+        message = str(error["ctx"]["error"])
+        return message if not key or message.startswith(f"{key}.") else f"{key}.{message}"
+    if error["type"] in ("missing", "missing_keyword_only_argument"):
+        return f"{key} is missing and has no default; add it to the file, or use --set {key}=..."
+    return f"{key} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _all_field_names(cls: type) -> Iterator[str]:
+    for name, hint in typing.get_type_hints(cls).items():
+        yield name
+        nested = _dataclass_in(hint)
+        if nested:
+            yield from _all_field_names(nested)
+
+
+_ALL_FIELD_NAMES = frozenset(_all_field_names(Config))
+
+
+def _check_between_tables(config: Config) -> None:
+    train, timeline = config.train, config.timeline
+    if (train.batch_size is None) == (timeline.batch_size is None):
+        raise UserError(
+            f"train.batch_size = {train.batch_size} and timeline.batch_size = {timeline.batch_size}: give exactly one; "
+            "the first is constant, the second may change over the run"
+        )
+    if config.model.num_nextn_predict_layers >= train.seq_len:
+        raise UserError(
+            f"model.num_nextn_predict_layers = {config.model.num_nextn_predict_layers} must be below "
+            f"train.seq_len = {train.seq_len}"
+        )
+    if timeline.seq_len is not None and value_at(timeline.seq_len, 0) != train.seq_len:
+        raise UserError(
+            f"timeline.seq_len starts at {value_at(timeline.seq_len, 0):g}, but train.seq_len = {train.seq_len}; "
+            "make them equal"
+        )
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [_without_none(item) for item in value]
+    return value
