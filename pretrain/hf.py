@@ -31,8 +31,9 @@ SHARD_BYTES = 5_000_000_000
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
-_MAX_JSON_BYTES = 64 << 20
 FP8 = "F8_E4M3"
+
+_MAX_JSON_BYTES = 64 << 20
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, FP8: torch.float32}
 
 
@@ -77,24 +78,17 @@ def export_folder(
     out = out.resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise HFError(f"{out} exists and is not an empty folder; name a new one")
-    hf_config(config, max_position_embeddings=max_position_embeddings, eos_token_id=eos_token_id, dtype=dtype or "fp32")
+    content = hf_config(
+        config, max_position_embeddings=max_position_embeddings, eos_token_id=eos_token_id, dtype=dtype or "fp32"
+    )
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
-        stored = _write_weights(config, tensors, partial, dtype, shard_bytes)
-        content = hf_config(
-            config,
-            max_position_embeddings=max_position_embeddings,
-            eos_token_id=eos_token_id,
-            dtype=dtype or stored,
-        )
+        if tokenizer_file is not None:
+            write_tokenizer(tokenizer_file, partial, eos_token_id=eos_token_id, max_length=max_position_embeddings)
+        content["torch_dtype"] = _write_weights(config, tensors, partial, dtype, shard_bytes)
         _write_json(partial / "config.json", content)
         _write_json(partial / "generation_config.json", {"eos_token_id": eos_token_id})
-        notes = _eps_notes(config)
-        if tokenizer_file is not None:
-            notes += write_tokenizer(
-                tokenizer_file, partial, eos_token_id=eos_token_id, max_length=max_position_embeddings
-            )
         for path in [*partial.iterdir(), partial]:
             _sync(path)
         os.rename(partial, out)
@@ -103,7 +97,7 @@ def export_folder(
         raise HFError(f"cannot write {out}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return notes
+    return _eps_notes(config)
 
 
 def import_folder(folder: Path) -> ImportedModel:
@@ -197,26 +191,26 @@ def _write_weights(
     folder: Path,
     dtype: Precision | None,
     shard_bytes: int,
-) -> Precision:
-    """Writes the safetensors files; returns the precision of the embedding, which stands for the whole model."""
+) -> str:
+    """Writes the safetensors files; returns the dtype of the embedding, which config.json states for the model."""
     shapes = _our_shapes(config)
     writer = _ShardWriter(folder, shard_bytes)
-    stored: Precision = "fp32"
+    embedding_dtype = ""
     for name, tensor in tensors:
         if (shape := shapes.pop(name, None)) != tuple(tensor.shape):
             rule = "is unknown or came twice" if shape is None else f"belongs with shape {list(shape)}"
             raise HFError(f"cannot export tensor {name} of shape {list(tensor.shape)}: it {rule}")
         if tensor.dtype not in (torch.float32, torch.bfloat16):
             raise HFError(f"cannot export tensor {name} of {tensor.dtype}: it must be in float32 or bfloat16")
-        if name == "embed_tokens.weight":
-            stored = "bf16" if tensor.dtype == torch.bfloat16 else "fp32"
         for published, part in to_hf(config, name, tensor.detach()):
-            for encoded in encode(published, part, dtype):
-                writer.add(*encoded)
+            for stored_name, stored in encode(published, part, dtype):
+                writer.add(stored_name, stored)
+                if stored_name == "model.embed_tokens.weight":
+                    embedding_dtype = str(stored.dtype).removeprefix("torch.")
     if shapes:
         raise HFError(f"cannot export: tensor {_first_of(shapes)} is missing")
     writer.finish()
-    return stored
+    return embedding_dtype
 
 
 def _find_entries(folder: Path) -> dict[str, _Entry]:
