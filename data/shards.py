@@ -8,17 +8,18 @@ A dataset is a folder:
     validation-00000.safetensors
 
 `ends[i]` is the offset just past document i, whose last token is always end-of-document. Shards are plain safetensors
-files, so any tool can read them; nothing is ever unpickled. Sizes are checked when a dataset is opened, checksums by
-`verify_shard`.
+files, so any tool can read them; nothing is ever unpickled. Sizes and the checksum of the index itself are checked when
+a dataset is opened, checksums of shards by `verify_shard`.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -110,17 +111,42 @@ def write_shard(path: Path, tokens: Tokens, ends: npt.NDArray[np.uint64], text_b
 
 def write_index(folder: Path, index: DatasetIndex) -> None:
     """Writes dataset.json; a dataset without it does not exist yet."""
-    write_atomically(folder / INDEX_NAME, (json.dumps(asdict(index), indent=2) + "\n").encode())
+    write_sealed_json(folder / INDEX_NAME, asdict(index))
 
 
 def write_atomically(path: Path, payload: bytes) -> None:
     """Writes beside, fsyncs and renames, so that a reader never sees half a file."""
+    with open_atomically(path) as file:
+        file.write(payload)
+
+
+@contextmanager
+def open_atomically(path: Path) -> Iterator[BinaryIO]:
+    """A file to write piece by piece, which takes its name only when the block ends without an error."""
     partial = path.with_name(path.name + ".partial")
     with open(partial, "wb") as file:
-        file.write(payload)
+        yield file
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def write_sealed_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes an object as JSON together with a checksum of itself, the key `seal`."""
+    sealed = {**content, "seal": _seal(content)}
+    write_atomically(path, (json.dumps(sealed, indent=2) + "\n").encode())
+
+
+def read_sealed_json(path: Path) -> dict[str, Any]:
+    """Reads what `write_sealed_json` wrote. Raises DataError when it is not that, byte for byte."""
+    try:
+        content = json.loads(path.read_bytes())
+        seal = content.pop("seal")
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is damaged ({_first_line(error)}); prepare the dataset again") from error
+    if seal != _seal(content):
+        raise DataError(f"{path} is damaged or was edited: its checksum does not fit; prepare the dataset again")
+    return content
 
 
 def read_index(folder: Path) -> DatasetIndex:
@@ -128,16 +154,16 @@ def read_index(folder: Path) -> DatasetIndex:
     path = folder / INDEX_NAME
     if not path.is_file():
         raise DataError(f"no dataset at {folder}: {INDEX_NAME} is missing; make one with `python -m data prepare`")
-    try:
-        raw = json.loads(path.read_bytes())
-        index = TypeAdapter(DatasetIndex).validate_python(raw)
-    except (ValueError, ValidationError, RecursionError) as error:
-        raise DataError(f"{path} is damaged ({_first_line(error)}); prepare the dataset again") from error
-    if (index.format, index.version) != (FORMAT, VERSION):
+    raw = read_sealed_json(path)
+    if (raw.get("format"), raw.get("version")) != (FORMAT, VERSION):
         raise DataError(
-            f"{path} has format {index.format!r} version {index.version}, this program reads "
+            f"{path} has format {raw.get('format')!r} version {raw.get('version')!r}, this program reads "
             f"{FORMAT!r} version {VERSION}; prepare the dataset again"
         )
+    try:
+        index = TypeAdapter(DatasetIndex).validate_python(raw)
+    except ValidationError as error:
+        raise DataError(f"{path} is damaged ({_first_line(error)}); prepare the dataset again") from error
     _check_names(path, index)
     return index
 
@@ -185,30 +211,33 @@ def _map_safetensors(path: Path) -> dict[str, npt.NDArray[Any]]:
             raise DataError(f"shard {path} is damaged: its header cannot be {header_size} bytes; copy it again")
         raw = file.read(header_size)
     start = 8 + header_size
+    arrays: dict[str, npt.NDArray[Any]] = {}
     try:
         header = json.loads(raw)
         header.pop("__metadata__", None)
-        layout = [
-            (str(name), _NUMPY_TYPES[tensor["dtype"]], int(tensor["shape"][0]), *map(int, tensor["data_offsets"]))
-            for name, tensor in header.items()
-            if len(tensor["shape"]) == 1
-        ]
+        for name, tensor in header.items():
+            (count,), (begin, end) = map(int, tensor["shape"]), map(int, tensor["data_offsets"])
+            dtype = _NUMPY_TYPES[tensor["dtype"]]
+            if not (count >= 0 and 0 <= begin <= end <= size - start and end - begin == count * dtype.itemsize):
+                raise DataError(f"shard {path} is damaged: tensor {name!r} lies outside the file; copy it again")
+            # np.memmap refuses empty arrays.
+            mapped = np.memmap(path, dtype, "r", start + begin, (count,)) if count else np.empty((0,), dtype)
+            arrays[str(name)] = mapped
+    except DataError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise DataError(f"shard {path} is damaged: its header is unreadable; copy it again") from error
-    arrays: dict[str, npt.NDArray[Any]] = {}
-    for name, dtype, count, begin, end in layout:
-        if not (count >= 0 and 0 <= begin <= end <= size - start and end - begin == count * dtype.itemsize):
-            raise DataError(f"shard {path} is damaged: tensor {name!r} lies outside the file; copy it again")
-        offset = start + begin
-        # np.memmap refuses empty arrays.
-        arrays[name] = np.memmap(path, dtype, "r", offset, (count,)) if count else np.empty(0, dtype)
     return arrays
 
 
 def _check_names(path: Path, index: DatasetIndex) -> None:
     """Every file named by the index lies in the dataset's own folder, and every number makes sense."""
+    tokenizer = index.tokenizer
+    ids = (tokenizer.eos, tokenizer.fim_begin, tokenizer.fim_hole, tokenizer.fim_end)
+    if min(ids) < -1 or max(ids) >= tokenizer.vocab_size or tokenizer.eos < 0:
+        raise DataError(f"{path} has special tokens {ids} in a vocabulary of {tokenizer.vocab_size}; it is damaged")
     entries = [entry for split in index.splits.values() for entry in split]
-    for name in [index.tokenizer.file, *(entry.file for entry in entries)]:
+    for name in [tokenizer.file, *(entry.file for entry in entries)]:
         if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
             raise DataError(f"{path} names {name!r}, which is not a file of its own folder; the index is damaged")
     if index.dtype not in ("uint16", "uint32") or set(index.splits) - set(SPLITS):
@@ -217,5 +246,9 @@ def _check_names(path: Path, index: DatasetIndex) -> None:
         raise DataError(f"{path} has a shard of negative size; the index is damaged")
 
 
+def _seal(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
+    return next(iter(str(error).splitlines()), type(error).__name__)
