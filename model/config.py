@@ -1,5 +1,6 @@
 """The architecture, in the names of DeepSeek-V3's published config.json: the `[model]` table of a configuration."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,12 +23,17 @@ class RopeScaling:
     mscale_all_dim: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.factor < 1:
+        if not 1 <= self.factor < math.inf:
             raise ValueError(f"rope_scaling.factor = {self.factor} must be at least 1; the report uses 40")
-        if self.beta_slow >= self.beta_fast:
+        if self.original_max_position_embeddings < 1:
             raise ValueError(
-                f"rope_scaling.beta_slow = {self.beta_slow} must be below rope_scaling.beta_fast = {self.beta_fast}; "
-                "the report uses 1 and 32"
+                f"rope_scaling.original_max_position_embeddings = {self.original_max_position_embeddings} must be the "
+                "sequence length before extension; the report uses 4096"
+            )
+        if not 0 < self.beta_slow < self.beta_fast < math.inf:
+            raise ValueError(
+                f"rope_scaling.beta_slow = {self.beta_slow} must be above 0 and below "
+                f"rope_scaling.beta_fast = {self.beta_fast}; the report uses 1 and 32"
             )
 
 
@@ -99,9 +105,11 @@ class ModelConfig:
     def _check_ranges(self) -> None:
         may_be_zero = {"n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers", "aux_loss_alpha"}
         for name, value in vars(self).items():
-            if isinstance(value, int | float) and (value < 0 or (value == 0 and name not in may_be_zero)):
-                rule = "must not be negative" if name in may_be_zero else "must be positive"
-                raise ValueError(f"{name} = {value} {rule}")
+            if isinstance(value, int | float) and not (0 < value < math.inf or (value == 0 and name in may_be_zero)):
+                rule = "0 or more" if name in may_be_zero else "above 0"
+                raise ValueError(f"{name} = {value} must be {rule} and finite")
+        if self.rope_theta <= 1:
+            raise ValueError(f"rope_theta = {self.rope_theta} must be above 1; the report uses 10000")
 
     @property
     def qk_head_dim(self) -> int:
