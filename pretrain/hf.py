@@ -232,9 +232,9 @@ def _find_entries(folder: Path) -> dict[str, _Entry]:
             raise HFError(f"{folder / INDEX} names {file}, which is missing; copy it again")
         entries |= _read_header(folder / file)
     for name in places.keys() | entries.keys():
-        where = entries[name].path.name if name in entries else "nowhere"
-        if places.get(name) != where:
-            raise HFError(f"{folder / INDEX} has tensor {name} in {places.get(name, 'no file')}, it lies {where}")
+        claimed, found = places.get(name), entries[name].path.name if name in entries else None
+        if claimed != found:
+            raise HFError(f"{folder / INDEX} has tensor {name} in {claimed or 'no file'}, it is in {found or 'none'}")
     return entries
 
 
