@@ -173,7 +173,12 @@ def parse_config(table: Table) -> Config:
 
 def dump_config(config: Config) -> str:
     """The resolved configuration as TOML, every default written out; reading it gives the same configuration."""
-    return tomli_w.dumps(_without_none(dataclasses.asdict(config)))
+    return dump_toml(dataclasses.asdict(config))
+
+
+def dump_toml(table: Table) -> str:
+    """A table as TOML, which has no null: what is None is left out."""
+    return tomli_w.dumps(_without_none(table))
 
 
 def check_layout(config: Config, world_size: int) -> None:

@@ -1,0 +1,140 @@
+"""The command line: `python -m pretrain COMMAND`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+USER_MISTAKE = 2
+STOPPED_EARLY = 75
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit status: 0 done, 2 a mistake of the user's, 75 stopped early."""
+    arguments = build_parser().parse_args(argv)
+    from data.errors import DataError
+    from parallel.launch import LaunchError, find_place
+    from pretrain import commands
+    from pretrain.errors import UserError
+    from pretrain.hf_config import HFError
+
+    try:
+        return int(getattr(commands, arguments.function)(arguments))
+    except (UserError, DataError, HFError, LaunchError) as error:
+        if isinstance(error, LaunchError) or find_place().is_first:
+            print(f"pretrain: {error}", file=sys.stderr)
+        return USER_MISTAKE
+    except BrokenPipeError:
+        sys.stderr.close()
+        return USER_MISTAKE
+    except KeyboardInterrupt:
+        print("pretrain: interrupted", file=sys.stderr)
+        return STOPPED_EARLY
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands with their arguments."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pretrain",
+        description="Pretrains DeepSeek-V3-style models.",
+        epilog="example: python -m pretrain train configs/tiny.toml --set train.steps=20",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_train_and_plan(commands)
+    _add_exchange(commands)
+    _add_inference(commands)
+    return parser
+
+
+def _add_train_and_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    train = _add(
+        commands,
+        "train",
+        "train; resumes by itself if the run folder holds a checkpoint",
+        "torchrun --nproc-per-node 8 -m pretrain train configs/small.toml --set run.name=first",
+    )
+    _add_config(train)
+    plan = _add(
+        commands,
+        "plan",
+        "parameters, memory and timeline of a run, without running it",
+        "python -m pretrain plan configs/dsv3_671b.toml --world-size 2048",
+    )
+    _add_config(plan)
+    plan.add_argument("--world-size", type=int, default=1, metavar="N", help="number of ranks (default: 1)")
+    plan.add_argument("--device-memory", type=float, metavar="GIB", help="memory of a device; exit 2 if it cannot fit")
+    report = _add(commands, "report", "write RUN/report.html, a page of plots", "python -m pretrain report runs/tiny")
+    report.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+
+
+def _add_exchange(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    export = _add(
+        commands,
+        "export",
+        "a checkpoint as a Hugging Face folder",
+        "python -m pretrain export runs/tiny/checkpoints/step-00000100 exported",
+    )
+    export.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    export.add_argument("out", type=Path, metavar="OUT", help="the folder to write")
+    export.add_argument("--dtype", choices=("fp32", "bf16", "fp8"), help="of the weights (default: as stored)")
+    import_ = _add(
+        commands,
+        "import",
+        "a Hugging Face folder in the published DeepSeek-V3 layout as a checkpoint",
+        "python -m pretrain import downloaded/DeepSeek-V3 imported",
+    )
+    import_.add_argument("folder", type=Path, metavar="HF_FOLDER")
+    import_.add_argument("out", type=Path, metavar="OUT", help="the checkpoint folder to write")
+    import_.set_defaults(function="import_")
+
+
+def _add_inference(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    evaluate = _add(
+        commands,
+        "eval",
+        "loss and perplexity on held-out documents",
+        "python -m pretrain eval runs/tiny/checkpoints/step-00000100 --data runs/data --baselines",
+    )
+    evaluate.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    evaluate.add_argument("--data", type=Path, required=True, action="append", metavar="DIR", help="a dataset folder")
+    evaluate.add_argument("--baselines", action="store_true", help="also count n-grams of the training tokens")
+    evaluate.add_argument("--samples", type=int, metavar="N", help="score at most N sequences (default: all)")
+    evaluate.add_argument(
+        "--micro-batch-size", type=int, default=4, metavar="N", help="sequences at a time (default: 4)"
+    )
+    evaluate.set_defaults(function="evaluate")
+    generate = _add(
+        commands,
+        "generate",
+        "text from a checkpoint, decoded from the compressed cache",
+        "python -m pretrain generate runs/tiny/checkpoints/step-00000100 --prompt 'def main('",
+    )
+    generate.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    generate.add_argument("--prompt", required=True, metavar="TEXT")
+    generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="(default: 128)")
+    generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the best (default)")
+    generate.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from this mass (default: 1)")
+    generate.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default: 0)")
+    generate.add_argument("--decompress", action="store_true", help="attend to decompressed keys, not in latent space")
+    generate.set_defaults(function="generate_text")
+
+
+def _add(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, about: str, example: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name, help=about, description=about[0].upper() + about[1:] + ".", epilog=f"example: {example}"
+    )
+    parser.set_defaults(function=name)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, metavar="CONFIG.toml")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, such as train.steps=100"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""Puts a run together: the model under ZeRO, the stream of samples, the timeline."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data.errors import DataError
+from data.stream import SampleStream, open_stream
+from model.init import initialize
+from model.transformer import Transformer
+from parallel.launch import Place, gather_texts
+from parallel.zero import ZeroOptimizer
+from pretrain.config import Config
+from pretrain.errors import UserError
+from pretrain.timeline import Timeline
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """The parts of a run on this process."""
+
+    config: Config
+    place: Place
+    timeline: Timeline
+    stream: SampleStream
+    model: Transformer
+    optimizer: ZeroOptimizer
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.config.run.folder
+
+    @property
+    def tokenizer_file(self) -> Path:
+        """The tokenizer that made the training tokens."""
+        dataset = self.stream.datasets[0]
+        return dataset.folder / dataset.tokenizer.file
+
+
+def open_data(config: Config) -> SampleStream:
+    """Opens the training data, sizes checked; `verify_data` compares the checksums."""
+    extra = 1 + config.model.num_nextn_predict_layers
+    return open_stream(config.data, seed=config.run.seed, extra=extra, vocab_size=config.model.vocab_size)
+
+
+def verify_data(stream: SampleStream, place: Place) -> None:
+    """Compares every shard with its checksum, each process a part of them."""
+    with failing_together():
+        stream.verify(place.rank, place.world_size)
+
+
+def assemble(config: Config, place: Place, stream: SampleStream) -> Assembly:
+    """Builds model and optimizer. Processes must have been joined."""
+    if config.run.deterministic:
+        torch.use_deterministic_algorithms(True)
+    torch.manual_seed(config.run.seed)
+    model = Transformer(config.model)
+    initialize(model, config.model, seed=config.run.seed)
+    model.to(place.device)
+    optimizer = ZeroOptimizer(
+        model,
+        config=config.optimizer,
+        dtype=DTYPES[config.precision.dtype],
+        micro_batch_size=config.train.micro_batch_size,
+    )
+    return Assembly(config, place, config.schedule, stream, model, optimizer)
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """What goes wrong for the user on one process goes wrong on all, so that none waits for another in vain."""
+    message = ""
+    try:
+        yield
+    except (UserError, DataError, OSError) as error:
+        message = str(error)
+    failures = [said for said in gather_texts(message) if said]
+    if failures:
+        raise UserError(failures[0])

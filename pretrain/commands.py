@@ -1,0 +1,152 @@
+"""What each command of `python -m pretrain` does, once its arguments are parsed. Each returns the exit status."""
+
+import sys
+from argparse import Namespace
+
+import torch
+
+from model.generate import generate
+from parallel.launch import Place, find_place, join_processes, leave_processes
+from parallel.zero import load_deepspeed
+from pretrain.config import check_layout, load_config
+from pretrain.errors import UserError
+
+DONE = 0
+STOPPED_EARLY = 75
+
+
+def train(arguments: Namespace) -> int:
+    """`train CONFIG`."""
+    from pretrain.loop import train as run
+
+    place = find_place()
+    config = load_config(arguments.config, arguments.set)
+    check_layout(config, place.world_size)
+    load_deepspeed()
+    join_processes(place)
+    finished = run(config, place)
+    leave_processes()
+    return DONE if finished else STOPPED_EARLY
+
+
+def plan(arguments: Namespace) -> int:
+    """`plan CONFIG`."""
+    from pretrain.plan import plan_command
+
+    plan_command(load_config(arguments.config, arguments.set), arguments.world_size, arguments.device_memory)
+    return DONE
+
+
+def report(arguments: Namespace) -> int:
+    """`report RUN`."""
+    from pretrain.report import write_report
+
+    print(write_report(arguments.run))
+    return DONE
+
+
+def export(arguments: Namespace) -> int:
+    """`export CHECKPOINT OUT`."""
+    from pretrain.hf import export_folder
+    from pretrain.weights import open_weights
+
+    weights = open_weights(arguments.checkpoint)
+    notes = export_folder(
+        weights.config,
+        weights.tensors(),
+        arguments.out,
+        dtype=arguments.dtype,
+        max_position_embeddings=weights.context_length,
+        eos_token_id=weights.eos,
+        tokenizer_file=weights.tokenizer_file,
+    )
+    _say_all(notes)
+    print(arguments.out)
+    return DONE
+
+
+def import_(arguments: Namespace) -> int:
+    """`import HF_FOLDER OUT`."""
+    from pretrain.hf import import_folder
+    from pretrain.weights import write_weights
+
+    imported = import_folder(arguments.folder)
+    write_weights(
+        arguments.out,
+        imported.config,
+        imported.tensors,
+        context_length=imported.max_position_embeddings,
+        eos=imported.eos_token_id,
+        tokenizer_file=imported.tokenizer_file,
+    )
+    _say_all(imported.notes)
+    print(arguments.out)
+    return DONE
+
+
+def evaluate(arguments: Namespace) -> int:
+    """`eval CHECKPOINT`."""
+    from pretrain.perplexity import print_perplexity
+
+    with _alone() as place:
+        print_perplexity(
+            arguments.checkpoint,
+            place,
+            folders=arguments.data,
+            baselines=arguments.baselines,
+            limit=arguments.samples,
+            micro_batch_size=arguments.micro_batch_size,
+        )
+    return DONE
+
+
+def generate_text(arguments: Namespace) -> int:
+    """`generate CHECKPOINT --prompt TEXT`: the text appears as it is made."""
+    from pretrain.weights import open_weights
+
+    weights = open_weights(arguments.checkpoint)
+    tokenizer = weights.tokenizer()
+    device = find_place({}).device
+    model = weights.build(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    tokens = tokenizer.encode_batch([arguments.prompt])[0]
+    if not len(tokens):
+        raise UserError("--prompt is empty; give at least one character")
+    made: list[int] = []
+    shown = ""
+    print(arguments.prompt, end="", flush=True)
+    for token in generate(
+        model,
+        torch.as_tensor([list(tokens)], device=device),
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        generator=torch.Generator(device).manual_seed(arguments.seed),
+        absorbed=not arguments.decompress,
+    ):
+        if int(token) == weights.eos:
+            break
+        made.append(int(token))
+        text = tokenizer.decode([*tokens, *made])[len(tokenizer.decode(list(tokens))) :]
+        # A character may need several tokens; what is not whole yet is shown later.
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+    print()
+    return DONE
+
+
+def _say_all(notes: tuple[str, ...]) -> None:
+    for note in notes:
+        print(note, file=sys.stderr)
+
+
+class _alone:
+    """A group of this one process."""
+
+    def __enter__(self) -> Place:
+        place = find_place({})
+        join_processes(place)
+        return place
+
+    def __exit__(self, *_: object) -> None:
+        leave_processes()

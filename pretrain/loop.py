@@ -1,0 +1,205 @@
+"""The training loop: batches in order, a step each, records, checkpoints, and an orderly stop."""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from data.loader import BatchLoader, BatchSpec
+from data.stream import SampleStream
+from model.counts import training_flops_per_token
+from parallel.launch import Place
+from pretrain.assemble import Assembly, assemble, failing_together, open_data, verify_data
+from pretrain.config import Config, TrainConfig, dump_config
+from pretrain.errors import UserError
+from pretrain.evaluate import HeldOut, open_held_out
+from pretrain.recorder import Recorder, SilentRecorder, max_memory_gib, peak_tflops
+from pretrain.state import TrainState, first_state, resume, save
+from pretrain.step import StepResult, train_step
+from pretrain.timeline import Timeline, TimelineValues
+
+
+@dataclass
+class StopRequest:
+    """Whether a signal has asked for a stop after the current step."""
+
+    requested: bool = False
+
+
+def train(config: Config, place: Place) -> bool:
+    """Trains until the end that the configuration sets, from the newest checkpoint if there is one.
+
+    Returns False when a signal stopped it before; a checkpoint of the last step is there either way. Processes must
+    have been joined. Raises UserError, on all ranks alike, before the first step.
+    """
+    with failing_together():
+        stream = open_data(config)
+        held_out = open_held_out(config) if config.train.validate_every else None
+    if config.data.verify:
+        verify_data(stream, place)
+    run = assemble(config, place, stream)
+    state = resume(run) or first_state(run)
+    with failing_together():
+        if place.is_first:
+            _write_config(config)
+    with catch_stop_signals() as stop, _open_recorder(run, state) as recorder:
+        recorder.say(_describe_start(run, state))
+        return _loop(run, state, held_out, recorder, stop)
+
+
+def _loop(run: Assembly, state: TrainState, held_out: HeldOut | None, recorder: Recorder, stop: StopRequest) -> bool:
+    saved_step = state.step if state.step else None
+    train_config = run.config.train
+    meter = _Meter(run)
+    with BatchLoader(
+        run.stream,
+        plan_batches(run.timeline, run.stream, state, train_config),
+        dp_rank=run.place.rank,
+        dp_size=run.place.world_size,
+        prefetch=run.config.data.prefetch,
+    ) as batches:
+        for batch in batches:
+            values = run.timeline.at(state.tokens)
+            result = train_step(run, batch, values, stop_requested=stop.requested)
+            position = batch.spec.position
+            state = TrainState(state.step, state.tokens, position, state.skipped).after(
+                batch.spec.batch_size, skipped=result.skipped
+            )
+            metrics = meter.measure(state, values, result)
+            if held_out and (state.step % train_config.validate_every == 0 or is_finished(train_config, state)):
+                metrics["val_loss"] = held_out.loss(run.model, run.place, train_config.micro_batch_size)
+            recorder.record(metrics)
+            if run.config.checkpoint.every and state.step % run.config.checkpoint.every == 0:
+                saved_step = _save(run, state, recorder)
+            meter.restart()
+            if result.stop_requested:
+                break
+    if saved_step != state.step:
+        _save(run, state, recorder)
+    finished = is_finished(train_config, state)
+    recorder.say("finished" if finished else "stopped as asked; the same command goes on from here")
+    return finished
+
+
+def is_finished(config: TrainConfig, state: TrainState) -> bool:
+    """Whether the run has reached its end."""
+    return _is_end(config, state.step, state.tokens)
+
+
+def plan_batches(
+    timeline: Timeline, stream: SampleStream, state: TrainState, config: TrainConfig
+) -> Iterator[BatchSpec]:
+    """The batches from `state` to the end of the run: which samples each takes, at which length."""
+    step, tokens, position = state.step, state.tokens, state.position
+    while not _is_end(config, step, tokens):
+        values = timeline.at(tokens)
+        if values.seq_len != position.seq_len:
+            position = stream.resized(position, values.seq_len)
+        yield BatchSpec(position, values.batch_size)
+        position = position.advanced(values.batch_size)
+        step, tokens = step + 1, tokens + values.batch_size * values.seq_len
+
+
+@contextmanager
+def catch_stop_signals() -> Iterator[StopRequest]:
+    """SIGTERM and SIGINT ask for a stop after the step; a second SIGINT interrupts at once."""
+    stop = StopRequest()
+
+    def ask(number: int, _frame: object) -> None:
+        if stop.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.requested = True
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Meter:
+    """Turns steps into metrics, with the time since `restart`."""
+
+    def __init__(self, run: Assembly) -> None:
+        self._run = run
+        self._peak = peak_tflops(run.config.logging, run.place.device)
+        self._flops_per_token: dict[int, float] = {}
+        self.restart()
+
+    def restart(self) -> None:
+        self._began = time.perf_counter()
+
+    def measure(self, state: TrainState, values: TimelineValues, result: StepResult) -> dict[str, Any]:
+        seconds = time.perf_counter() - self._began
+        model = self._run.config.model
+        if values.seq_len not in self._flops_per_token:
+            self._flops_per_token[values.seq_len] = training_flops_per_token(model, values.seq_len)
+        tokens_per_s = values.batch_size * values.seq_len / seconds
+        tflops = tokens_per_s * self._flops_per_token[values.seq_len] / self._run.place.world_size / 1e12
+        load = result.load.double()
+        metrics = {
+            "step": state.step,
+            "tokens": state.tokens,
+            "loss": result.loss,
+            "lm_loss": result.lm_loss,
+            "mtp_loss": result.mtp_loss,
+            "balance_loss": result.balance_loss,
+            "lr": values.learning_rate,
+            "bias_update_speed": values.bias_update_speed,
+            "mtp_weight": values.mtp_weight,
+            "batch_size": values.batch_size,
+            "seq_len": values.seq_len,
+            "grad_norm": result.grad_norm,
+            "step_time_s": seconds,
+            "tokens_per_s": tokens_per_s,
+            "tflops_per_gpu": tflops,
+            "mfu": tflops / self._peak if self._peak else None,
+            "max_memory_gib": max_memory_gib(self._run.place.device),
+            "load_max_violation": float((load.amax(-1) / load.mean(-1) - 1).max()) if len(load) else 0.0,
+            "dead_experts": int((load == 0).sum()),
+            "data_position": state.position.sample,
+            "skipped": state.skipped,
+        }
+        if state.step % self._run.config.logging.expert_load_every == 0:
+            layers = map(str, model.moe_layers)
+            metrics["expert_load"] = dict(zip(layers, result.load.tolist(), strict=True))
+        return metrics
+
+
+def _is_end(config: TrainConfig, step: int, tokens: int) -> bool:
+    return step >= config.steps if config.steps is not None else tokens >= (config.tokens or 0)
+
+
+def _save(run: Assembly, state: TrainState, recorder: Recorder) -> int:
+    began = time.perf_counter()
+    save(run, state)
+    recorder.say(f"saved step {state.step:,} in {time.perf_counter() - began:.1f} s", to_screen=False)
+    return state.step
+
+
+def _open_recorder(run: Assembly, state: TrainState) -> Recorder:
+    if not run.place.is_first:
+        return SilentRecorder()
+    steps, tokens = run.config.train.steps, run.config.train.tokens
+    return Recorder(
+        run.folder, run.config.logging, step=state.step, goal=("step", steps) if steps else ("tokens", tokens)
+    )
+
+
+def _describe_start(run: Assembly, state: TrainState) -> str:
+    parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    begin = f"resumed after step {state.step:,}" if state.step else "started"
+    processes = f"{run.place.world_size} process" + ("es" if run.place.world_size > 1 else "")
+    return f"{begin}: {run.folder}, {parameters:,} parameters, {processes} on {run.place.device.type}"
+
+
+def _write_config(config: Config) -> None:
+    folder = config.run.folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.toml").write_text(dump_config(config), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"run.dir = {config.run.dir!r}: {folder} cannot be written ({error}); choose another") from None

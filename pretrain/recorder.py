@@ -1,0 +1,173 @@
+"""What a run tells: `metrics.jsonl`, TensorBoard, `log.txt`, a progress line. Only the first process tells anything."""
+
+import json
+import math
+import os
+import resource
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from data.shards import write_atomically
+from pretrain.config import LoggingConfig
+
+METRICS = "metrics.jsonl"
+Metrics = Mapping[str, Any]
+
+# Dense bf16 peaks in TFLOP/s by the vendor's datasheets.
+_PEAK_TFLOPS = {"H100": 989.4, "H200": 989.4, "A100": 312.0}
+
+
+class Recorder:
+    """Writes the records of a run that goes on after `step` steps; the metrics of later steps are dropped, as they will
+    be computed again. `goal` names the metric that says how far the run is, and its value at the end."""
+
+    def __init__(self, folder: Path, config: LoggingConfig, *, step: int, goal: tuple[str, int | None]) -> None:
+        self._config = config
+        folder.mkdir(parents=True, exist_ok=True)
+        drop_later_metrics(folder / METRICS, step)
+        self._open = ExitStack()
+        self._metrics = self._open.enter_context(open(folder / METRICS, "a", encoding="utf-8"))
+        self._log = self._open.enter_context(open(folder / "log.txt", "a", encoding="utf-8"))
+        self._board = _open_board(folder, step) if config.tensorboard else None
+        self._progress = _ProgressLine(*goal) if sys.stderr.isatty() else None
+        if self._board:
+            self._open.callback(self._board.close)
+        if self._progress:
+            self._open.callback(self._progress.stop)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.close()
+
+    def record(self, metrics: Metrics) -> None:
+        """One step. Numbers that are not finite are written as null."""
+        self._metrics.write(json.dumps(_finite(metrics)) + "\n")
+        self._metrics.flush()
+        if self._board:
+            for key, value in metrics.items():
+                if isinstance(value, int | float) and key != "step":
+                    self._board.add_scalar(key, value, metrics["step"])
+        line = describe_step(metrics)
+        if self._progress:
+            self._progress.update(metrics, line)
+        if metrics["step"] % self._config.every == 0 or metrics["step"] == 1 or "val_loss" in metrics:
+            self.say(line, to_screen=self._progress is None)
+
+    def say(self, line: str, *, to_screen: bool = True) -> None:
+        """A line for the log, and for whoever watches."""
+        self._log.write(line + "\n")
+        self._log.flush()
+        if to_screen and self._progress:
+            self._progress.print(line)
+        elif to_screen:
+            print(line, file=sys.stderr, flush=True)
+
+
+class SilentRecorder(Recorder):
+    """The recorder of all other processes."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def record(self, metrics: Metrics) -> None:
+        """Nothing."""
+
+    def say(self, line: str, *, to_screen: bool = True) -> None:
+        """Nothing."""
+
+
+class _ProgressLine:
+    """`rich`'s progress bar."""
+
+    def __init__(self, metric: str, total: int | None) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=Console(stderr=True)
+        )
+        self._metric = metric
+        self._task = self._progress.add_task("starting", total=total)
+        self._progress.start()
+
+    def update(self, metrics: Metrics, line: str) -> None:
+        self._progress.update(self._task, completed=metrics[self._metric], description=line)
+
+    def print(self, line: str) -> None:
+        self._progress.console.print(line, markup=False, highlight=False)
+
+    def stop(self) -> None:
+        self._progress.stop()
+
+
+def describe_step(metrics: Metrics) -> str:
+    """A step in one line."""
+    parts = [
+        f"step {metrics['step']:,}",
+        f"{metrics['tokens']:,} tokens",
+        f"loss {metrics['loss']:.4f}",
+        f"norm {metrics['grad_norm']:.3f}",
+        f"lr {metrics['lr']:.2e}",
+        f"{metrics['tokens_per_s']:,.0f} tokens/s",
+    ]
+    if "val_loss" in metrics:
+        parts.append(f"held-out {metrics['val_loss']:.4f}")
+    return " · ".join(parts)
+
+
+def drop_later_metrics(path: Path, step: int) -> None:
+    """Keeps the lines of the first `step` steps only; a torn last line goes too."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] <= step and line.endswith(b"\n"):
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    write_atomically(path, b"".join(kept))
+
+
+def peak_tflops(config: LoggingConfig, device: torch.device) -> float | None:
+    """What one device can do, None where nobody knows."""
+    if config.peak_tflops:
+        return config.peak_tflops
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in _PEAK_TFLOPS.items() if key in name), None)
+
+
+def max_memory_gib(device: torch.device) -> float:
+    """The most memory this process has held: on the device, or resident where the device is the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _finite(metrics: Metrics) -> dict[str, Any]:
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in metrics.items()
+    }
+
+
+def _open_board(folder: Path, step: int) -> Any:
+    # Without this, an installed TensorFlow would be imported, with all it prints.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)

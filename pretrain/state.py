@@ -1,0 +1,175 @@
+"""What a run must remember to go on bit for bit: where it stands, weights, moments, expert biases, random numbers."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.stream import DataPosition
+from parallel.launch import gather_texts, wait_for_all
+from pretrain.assemble import Assembly, failing_together
+from pretrain.checkpoint import (
+    CheckpointReader,
+    CheckpointWriter,
+    FileEntry,
+    list_checkpoints,
+    remove_old_checkpoints,
+    step_folder,
+)
+from pretrain.config import dump_config
+from pretrain.errors import UserError
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """After `step` optimizer steps: tokens seen, the place in the stream, and how many of the steps were skipped."""
+
+    step: int
+    tokens: int
+    position: DataPosition
+    skipped: int = 0
+
+    def after(self, batch_size: int, *, skipped: bool) -> "TrainState":
+        """The state after one more step of so many sequences."""
+        return replace(
+            self,
+            step=self.step + 1,
+            tokens=self.tokens + batch_size * self.position.seq_len,
+            position=self.position.advanced(batch_size),
+            skipped=self.skipped + skipped,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dictionary."""
+        return {**asdict(self), "position": self.position.to_json()}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "TrainState":
+        """The inverse of `to_json`."""
+        position = DataPosition.from_json(value["position"])
+        return cls(int(value["step"]), int(value["tokens"]), position, int(value["skipped"]))
+
+
+def first_state(run: Assembly) -> TrainState:
+    """Before the first step."""
+    return TrainState(0, 0, run.stream.start(run.timeline.at(0).seq_len))
+
+
+def save(run: Assembly, state: TrainState) -> None:
+    """Saves a checkpoint of `state`, every rank its own part, and removes those that are not kept."""
+    writer = CheckpointWriter(step_folder(run.folder, state.step))
+    with failing_together():
+        if run.place.is_first:
+            writer.begin()
+    said = ""
+    with failing_together():
+        entries = writer.write_tensors(run.place.rank, _tensors_to_save(run))
+        said = json.dumps({name: asdict(entry) for name, entry in entries.items()})
+    parts = [json.loads(text) for text in gather_texts(said)]
+    with failing_together():
+        if run.place.is_first:
+            writer.commit(
+                files={name: FileEntry(**entry) for part in parts for name, entry in part.items()},
+                shapes={name: tuple(parameter.shape) for name, parameter in run.model.named_parameters()},
+                state={
+                    "train": state.to_json(),
+                    "data": run.stream.fingerprint,
+                    "tokenizer": asdict(run.stream.datasets[0].tokenizer),
+                    "context_length": state.position.seq_len,
+                },
+                texts={
+                    "config.toml": dump_config(run.config).encode(),
+                    run.tokenizer_file.name: run.tokenizer_file.read_bytes(),
+                },
+            )
+            remove_old_checkpoints(run.folder, run.config.checkpoint.keep)
+
+
+def resume(run: Assembly) -> TrainState | None:
+    """Loads the newest checkpoint of the run, if there is one, verified before anything is changed."""
+    checkpoints = list_checkpoints(run.folder)
+    wait_for_all()
+    if not checkpoints:
+        return None
+    with failing_together():
+        reader = CheckpointReader(checkpoints[-1])
+        reader.verify(run.place.rank, run.place.world_size)
+    with failing_together():
+        _check_same_run(run, reader)
+        state = TrainState.from_json(reader.manifest.state["train"])
+        _load_tensors(run, reader, state.step)
+    return state
+
+
+def _tensors_to_save(run: Assembly) -> dict[str, Tensor]:
+    tensors = {
+        f"{kind}/{shard.name}@{shard.start}": tensor
+        for shard in run.optimizer.shards()
+        for kind, tensor in shard.tensors.items()
+    }
+    for name, generator_state in _random_states(run).items():
+        tensors[f"rng/{name}@0"] = generator_state
+    if run.place.is_first:
+        for name, buffer in _expert_biases(run).items():
+            tensors[f"buffer/{name}@0"] = buffer
+    return tensors
+
+
+def _load_tensors(run: Assembly, reader: CheckpointReader, step: int) -> None:
+    for shard in run.optimizer.shards():
+        for kind, tensor in shard.tensors.items():
+            tensor.copy_(reader.range(f"{kind}/{shard.name}", shard.start, tensor.numel()))
+    run.optimizer.refresh_weights(step)
+    for name, buffer in _expert_biases(run).items():
+        buffer.copy_(reader.range(f"buffer/{name}", 0, buffer.numel()))
+    for name in _random_states(run):
+        generator_state = reader.tensor(f"rng/{name}")
+        if generator_state is not None:
+            _set_random_state(name, generator_state)
+
+
+def _expert_biases(run: Assembly) -> dict[str, Tensor]:
+    return {name: buffer for name, buffer in run.model.named_buffers() if name.endswith("e_score_correction_bias")}
+
+
+def _random_states(run: Assembly) -> dict[str, Tensor]:
+    """The states of this rank's generators, by a name that holds the rank."""
+    states = {f"cpu.{run.place.rank}": torch.get_rng_state()}
+    if run.place.device.type == "cuda":
+        states[f"cuda.{run.place.rank}"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _set_random_state(name: str, state: Tensor) -> None:
+    if name.startswith("cuda"):
+        torch.cuda.set_rng_state(state)
+    else:
+        torch.set_rng_state(state)
+
+
+def _check_same_run(run: Assembly, reader: CheckpointReader) -> None:
+    """A run goes on only with the model and the order of data that it began with."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in run.model.named_parameters()}
+    for name in sorted(shapes.keys() ^ reader.manifest.shapes.keys()):
+        raise UserError(
+            f"[model] does not fit checkpoint {reader.folder}: only one of them has {name}; "
+            "keep the model of the run, or choose another run.name"
+        )
+    for name, shape in shapes.items():
+        if shape != reader.manifest.shapes[name]:
+            raise UserError(
+                f"[model] does not fit checkpoint {reader.folder}: {name} is {list(shape)} here and "
+                f"{list(reader.manifest.shapes[name])} there; keep the model of the run, or choose another run.name"
+            )
+    if "train" not in reader.manifest.state:
+        raise UserError(
+            f"checkpoint {reader.folder} holds weights only and cannot be trained on; choose another run.name"
+        )
+    if reader.manifest.state.get("data") != run.stream.fingerprint:
+        raise UserError(
+            f"[data] or run.seed changed since checkpoint {reader.folder}, so the order of samples would too; "
+            "put them back, or choose another run.name"
+        )

@@ -1,0 +1,117 @@
+"""What several tests need: small models and datasets, and ranks as forked processes."""
+
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import distributed as dist
+
+from data.shards import DatasetIndex, TokenizerEntry, token_dtype, write_index, write_shard
+from model.config import ModelConfig
+
+RANKS_TIMEOUT_S = 120
+
+
+def small_model(**changes: Any) -> ModelConfig:
+    """A model with every part of the architecture, a few thousand parameters large."""
+    sizes: dict[str, Any] = {
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "q_lora_rank": 12,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 8,
+        "intermediate_size": 48,
+        "moe_intermediate_size": 16,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 2.5,
+        "first_k_dense_replace": 1,
+        "num_nextn_predict_layers": 1,
+        "initializer_range": 0.1,
+    }
+    return ModelConfig(**{**sizes, **changes})
+
+
+def write_dataset(folder: Path, *, vocab_size: int = 96, documents: int = 200, seed: int = 0) -> Path:
+    """A dataset of random documents with both splits; ids 0 to 3 are eos and the FIM tokens."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = folder / "tokenizer.model"
+    tokenizer.write_bytes(b"not a tokenizer, but a file with a checksum")
+    generator = np.random.default_rng(seed)
+    dtype = token_dtype(vocab_size)
+    splits = {}
+    for split, count in (("train", documents), ("validation", max(documents // 10, 1))):
+        lengths = generator.integers(1, 60, count)
+        tokens = generator.integers(4, vocab_size, int(lengths.sum())).astype(dtype)
+        ends = np.cumsum(lengths).astype(np.uint64)
+        tokens[ends - 1] = 0
+        splits[split] = (write_shard(folder / f"{split}-00000.safetensors", tokens, ends, text_bytes=len(tokens)),)
+    from data.shards import file_sha256
+
+    entry = TokenizerEntry(tokenizer.name, file_sha256(tokenizer), vocab_size, 0, 1, 2, 3)
+    write_index(folder, DatasetIndex(entry, dtype.name, splits))
+    return folder
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, folder: Path) -> list[Any]:
+    """Calls `function(rank, *arguments)` in forked processes joined by gloo and returns what each gave, in order.
+
+    `folder` is an empty one for the meeting point. Any failure, or silence for two minutes, fails the test.
+    """
+    context = multiprocessing.get_context("fork")
+    pipes, processes = [], []
+    for rank in range(world_size):
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_rank_main, args=(rank, world_size, folder, sender, function, arguments))
+        process.start()
+        sender.close()
+        pipes.append(receiver)
+        processes.append(process)
+    deadline = time.monotonic() + RANKS_TIMEOUT_S
+    try:
+        answers = []
+        for rank, pipe in enumerate(pipes):
+            if not pipe.poll(max(deadline - time.monotonic(), 0)):
+                raise AssertionError(f"rank {rank} of {world_size} did not answer within {RANKS_TIMEOUT_S} s")
+            answers.append(pipe.recv())
+    except EOFError:
+        raise AssertionError(f"rank {rank} of {world_size} died") from None
+    finally:
+        for process in processes:
+            process.join(5)
+            process.kill()
+    failures = [f"rank {rank}:\n{value}" for rank, (ok, value) in enumerate(answers) if not ok]
+    assert not failures, "\n".join(failures)
+    return [value for _, value in answers]
+
+
+def _rank_main(
+    rank: int, world_size: int, folder: Path, sender: Any, function: Callable[..., Any], arguments: Any
+) -> None:
+    # Without this, the first parallel region of a forked process can wait for threads that only its parent has.
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+    try:
+        store = dist.FileStore(str(folder / "store"), world_size)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+        sender.send((True, function(rank, *arguments)))
+    except BaseException:
+        sender.send((False, traceback.format_exc()))
+    finally:
+        sender.close()
+        sys.stdout.flush()
+        # Skips the parent's exit handlers, which are not this process's to run.
+        os._exit(0)
