@@ -78,8 +78,7 @@ def is_quantized(name: str) -> bool:
 def quantize(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """weight [R, C] to E4M3 codes [R, C] and scales [⌈R/128⌉, ⌈C/128⌉] in fp32. Raises HFError if it is not finite.
 
-    Scales are rounded up to 21 significant bits: then 448 · scale is exact, and quantising a dequantised weight gives
-    the same codes and scales again.
+    A scale is the largest magnitude of its block / 448. Quantising a dequantised weight gives the same bytes again.
     """
     rows, columns = weight.shape
     padded = F.pad(weight.float(), (0, -columns % FP8_BLOCK, 0, -rows % FP8_BLOCK))
@@ -88,7 +87,6 @@ def quantize(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
     if not largest.isfinite().all():
         raise HFError(f"tensor {name} holds infinite or undefined values; export a checkpoint from before they arose")
     scale_inv = (largest / _E4M3_MAX).clamp_min(torch.finfo(torch.float32).tiny)
-    scale_inv = ((scale_inv.view(torch.int32) + 7) & ~7).view(torch.float32)
     codes = (blocks / scale_inv[:, None, :, None]).to(torch.float8_e4m3fn).view(torch.uint8)
     codes = codes.flatten(2, 3).flatten(0, 1)[:rows, :columns].contiguous()
     return codes.view(torch.float8_e4m3fn), scale_inv

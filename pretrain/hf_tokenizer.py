@@ -54,11 +54,13 @@ def _tokens_of_sentencepiece(source: Path, eos_token_id: int | None) -> dict[str
     from sentencepiece import SentencePieceProcessor
 
     tokenizer = SentencePieceProcessor(model_file=str(source))
-    in_range = eos_token_id is not None and eos_token_id < tokenizer.get_piece_size()
+    eos = None
+    if eos_token_id is not None and eos_token_id < tokenizer.get_piece_size():
+        eos = tokenizer.id_to_piece(eos_token_id)
     return {
         "tokenizer_class": "LlamaTokenizer",
         "legacy": False,
         "add_prefix_space": False,
-        "eos_token": tokenizer.id_to_piece(eos_token_id) if in_range else None,
+        "eos_token": eos,
         "unk_token": tokenizer.id_to_piece(tokenizer.unk_id()),
     }

@@ -324,6 +324,18 @@ def test_fp8_blocks_against_a_plain_reference(shape: tuple[int, int]) -> None:
     assert torch.equal(again[1], scale_inv)
 
 
+def test_fp8_is_the_same_after_reading_and_writing_again() -> None:
+    """Blocks of one value, the largest code: their scale must survive for every mantissa a float can have."""
+    mantissas = torch.arange(0, 1 << 23, 1023, dtype=torch.int32)
+    weight = (mantissas | 0x3F800000).view(torch.float32).repeat_interleave(128).view(1, -1)
+    codes, scale_inv = quantize(weight, "w")
+    read = dequantize(codes, scale_inv, (128, 128))
+    assert not torch.equal(read, weight)
+    again = quantize(read, "w")
+    assert torch.equal(again[0].view(torch.uint8), codes.view(torch.uint8))
+    assert torch.equal(again[1], scale_inv)
+
+
 def test_fp8_blocks_of_another_size(tmp_path: Path) -> None:
     config = random_config(0)
     folder = export(random_model(config), tmp_path / "out", "fp8")
