@@ -1,0 +1,195 @@
+"""The global stream of training samples: a pure function of (configuration, seed, position).
+
+Sample i of a run comes from the dataset d that the mixture names; as the n-th of that dataset it holds the tokens
+
+    origin[d] + n L  ...  origin[d] + (n + 1) L + extra
+
+of the dataset's endless stream of documents, L being the sequence length and extra the targets that reach past it. No
+rank, worker or batch size appears here, so none can change the order.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numpy.lib.stride_tricks import sliding_window_view
+
+from data.config import DataConfig
+from data.dataset import TokenDataset, check_same_tokenizer, open_dataset
+from data.errors import DataError
+from data.mixture import Mixture
+from data.order import DocumentStream, Shuffle
+
+
+@dataclass(frozen=True)
+class DataPosition:
+    """Where a run stands in its stream.
+
+    `sample` counts the samples consumed so far. At `seq_len` tokens a sample, the n-th sample of dataset d begins at
+    token `origin[d] + n * seq_len` of its stream; origins are 0 until the sequence length changes, and may be negative.
+    """
+
+    sample: int
+    seq_len: int
+    origin: tuple[int, ...]
+
+    def advanced(self, samples: int) -> "DataPosition":
+        """The position after so many more samples."""
+        return replace(self, sample=self.sample + samples)
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dictionary, for checkpoints and metrics."""
+        return {"sample": self.sample, "seq_len": self.seq_len, "origin": list(self.origin)}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "DataPosition":
+        """The inverse of `to_json`."""
+        return cls(int(value["sample"]), int(value["seq_len"]), tuple(map(int, value["origin"])))
+
+
+@dataclass(frozen=True)
+class Samples:
+    """`tokens` [samples, seq_len + extra] int64; `documents`, of the same shape, int32, numbers the documents of each
+    sample from 0, or is None where attention may cross them."""
+
+    tokens: npt.NDArray[np.int64]
+    documents: npt.NDArray[np.int32] | None
+
+
+class SampleStream:
+    """The samples of a mixture of datasets, readable from any position. `open_stream` makes one from paths.
+
+    `extra` is the number of targets past the sequence: 1 + the depth of multi-token prediction. `shuffle` is for tests.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[TokenDataset],
+        config: DataConfig,
+        *,
+        seed: int,
+        extra: int,
+        shuffle: Shuffle | None = None,
+    ) -> None:
+        check_same_tokenizer(datasets)
+        shuffle = shuffle or Shuffle()
+        self.datasets = tuple(datasets)
+        self.extra = extra
+        self.fingerprint = _fingerprint(datasets, config, seed, shuffle)
+        self._with_documents = not config.cross_document_attention
+        weights = {entry.path: entry.weight for entry in config.datasets}
+        self._mixture = Mixture(weights, seed=seed)
+        self._streams = [
+            DocumentStream(dataset, seed=seed, number=number, fim_rate=config.fim_rate, shuffle=shuffle)
+            for number, dataset in enumerate(datasets)
+        ]
+
+    def start(self, seq_len: int) -> DataPosition:
+        """The position before the first sample."""
+        return DataPosition(0, seq_len, (0,) * len(self._streams))
+
+    def resized(self, position: DataPosition, seq_len: int) -> DataPosition:
+        """The same place in every dataset, going on with samples of another length."""
+        used = self._mixture.before(position.sample).tolist()
+        change = position.seq_len - seq_len
+        origin = tuple(start + count * change for start, count in zip(position.origin, used, strict=True))
+        return DataPosition(position.sample, seq_len, origin)
+
+    def read(self, position: DataPosition, start: int, count: int) -> Samples:
+        """Samples `start` to `start + count` after the position, count >= 1.
+
+        Raises DataError when the position is that of another mixture, or a shard turns out to be damaged.
+        """
+        if len(position.origin) != len(self._streams):
+            raise DataError(
+                f"the data position is one of {len(position.origin)} datasets, data.datasets lists "
+                f"{len(self._streams)}; resume with the datasets the run began with"
+            )
+        first, seq_len = position.sample + start, position.seq_len
+        chosen = self._mixture.datasets(first, count)
+        used = self._mixture.before(first)
+        samples = _empty_samples(count, seq_len + self.extra, self._with_documents)
+        for number in np.unique(chosen).tolist():
+            begin = position.origin[number] + int(used[number]) * seq_len
+            _fill(samples, np.flatnonzero(chosen == number), self._streams[number], begin, seq_len)
+        return samples
+
+    def verify(
+        self, part: int = 0, num_parts: int = 1, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> None:
+        """Compares this part of the shards with their checksums, dataset by dataset; see `TokenDataset.verify`."""
+        for dataset in self.datasets:
+            dataset.verify(part, num_parts, progress)
+
+
+class ValidationSamples:
+    """One dataset's held-out split as samples that hold each token once, in an order that never changes.
+
+    Tokens after the last whole sample are left out. With `limit`, only so many samples are used; they come from
+    documents all over the split. Raises DataError when there is not one whole sample.
+    """
+
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        *,
+        seq_len: int,
+        extra: int,
+        limit: int | None = None,
+        cross_document_attention: bool = True,
+    ) -> None:
+        self._seq_len, self._extra = seq_len, extra
+        self._with_documents = not cross_document_attention
+        self._stream = DocumentStream(dataset, seed=0)
+        available = (dataset.num_tokens - extra) // seq_len
+        self._length = available if limit is None else min(available, limit)
+        if self._length < 1:
+            raise DataError(
+                f"split {dataset.split!r} of dataset {dataset.folder} has {dataset.num_tokens} tokens, one sample "
+                f"needs train.seq_len + {extra} = {seq_len + extra}; prepare the dataset with a larger split"
+            )
+
+    def __len__(self) -> int:
+        return self._length
+
+    def read(self, start: int, count: int) -> Samples:
+        """Samples `start` to `start + count`, both within the length, count >= 1."""
+        samples = _empty_samples(count, self._seq_len + self._extra, self._with_documents)
+        _fill(samples, np.arange(count), self._stream, start * self._seq_len, self._seq_len)
+        return samples
+
+
+def open_stream(config: DataConfig, *, seed: int, extra: int, vocab_size: int) -> SampleStream:
+    """Opens the training split of every dataset for a model of `vocab_size` ids.
+
+    Raises DataError when one is missing, damaged, empty or made with another tokenizer; checksums are left to `verify`.
+    """
+    datasets = [open_dataset(Path(entry.path), vocab_size=vocab_size) for entry in config.datasets]
+    return SampleStream(datasets, config, seed=seed, extra=extra)
+
+
+def _empty_samples(count: int, width: int, with_documents: bool) -> Samples:
+    documents = np.empty((count, width), np.int32) if with_documents else None
+    return Samples(np.empty((count, width), np.int64), documents)
+
+
+def _fill(samples: Samples, rows: npt.NDArray[np.int64], stream: DocumentStream, begin: int, seq_len: int) -> None:
+    """Writes consecutive samples of one stream, from offset `begin` on, into the given rows."""
+    width = samples.tokens.shape[1]
+    length = (len(rows) - 1) * seq_len + width
+    run = stream.read(begin, length, with_documents=samples.documents is not None)
+    samples.tokens[rows] = sliding_window_view(run.tokens, width)[::seq_len]
+    if samples.documents is not None and run.documents is not None:
+        numbers = sliding_window_view(run.documents, width)[::seq_len]
+        samples.documents[rows] = numbers - numbers[:, :1]
+
+
+def _fingerprint(datasets: Sequence[TokenDataset], config: DataConfig, seed: int, shuffle: Shuffle) -> str:
+    """A digest of all that fixes the order besides the position: a run must be resumed with the same."""
+    shards = [[entry.sha256 for entry in dataset.shards] for dataset in datasets]
+    weights = [entry.weight for entry in config.datasets]
+    return hashlib.sha256(repr((seed, shards, weights, config.fim_rate, asdict(shuffle))).encode()).hexdigest()
