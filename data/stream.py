@@ -156,6 +156,10 @@ class ValidationSamples:
     def __len__(self) -> int:
         return self._length
 
+    def next_tokens(self) -> npt.NDArray[np.int64]:
+        """All samples as one text [len * seq_len + 1], whose tokens after the first are the next-token targets."""
+        return self._stream.read(0, self._length * self._seq_len + 1).tokens.astype(np.int64)
+
     def read(self, start: int, count: int) -> Samples:
         """Samples `start` to `start + count`, both within the length, count >= 1."""
         samples = _empty_samples(count, self._seq_len + self._extra, self._with_documents)
