@@ -109,7 +109,7 @@ class Timeline:
             config.seq_len,
         )
         pieces = [piece for value in all_pieces if isinstance(value, tuple) for piece in value]
-        return sorted({int(piece.until) for piece in pieces if piece.until is not None})
+        return sorted({math.ceil(piece.until) for piece in pieces if piece.until is not None})
 
 
 def value_at(pieces: Pieces, tokens: float) -> float:
