@@ -1,11 +1,14 @@
 """What several tests need: small models and datasets, and ranks as forked processes."""
 
+import json
 import multiprocessing
 import os
+import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,44 @@ import numpy as np
 import torch
 from torch import distributed as dist
 
-from data.shards import DatasetIndex, TokenizerEntry, token_dtype, write_index, write_shard
+from data.shards import DatasetIndex, TokenizerEntry, file_sha256, token_dtype, write_index, write_shard
 from model.config import ModelConfig
 
+PROJECT = Path(__file__).parent.parent
 RANKS_TIMEOUT_S = 120
+
+
+SMALL_RUN = """
+[run]
+name = "small"
+dir = "{folder}"
+seed = 7
+
+[model]
+{model}
+
+[data]
+datasets = [{{ path = "{folder}/data" }}]
+fim_rate = 0.5
+cross_document_attention = false
+
+[train]
+seq_len = 64
+micro_batch_size = 2
+steps = 12
+
+[timeline]
+learning_rate = [{{ shape = "linear", start = 0.0, value = 1e-2, until = 2000 }}, {{ value = 1e-2 }}]
+batch_size = [{{ shape = "linear", start = 4, value = 12, until = 4000 }}, {{ value = 12 }}]
+batch_size_multiple = 4
+
+[precision]
+dtype = "fp32"
+
+[checkpoint]
+every = 5
+keep = 0
+"""
 
 
 def small_model(**changes: Any) -> ModelConfig:
@@ -59,8 +96,6 @@ def write_dataset(folder: Path, *, vocab_size: int = 96, documents: int = 200, s
         ends = np.cumsum(lengths).astype(np.uint64)
         tokens[ends - 1] = 0
         splits[split] = (write_shard(folder / f"{split}-00000.safetensors", tokens, ends, text_bytes=len(tokens)),)
-    from data.shards import file_sha256
-
     entry = TokenizerEntry(tokenizer.name, file_sha256(tokenizer), vocab_size, 0, 1, 2, 3)
     write_index(folder, DatasetIndex(entry, dtype.name, splits))
     return folder
@@ -115,3 +150,45 @@ def _rank_main(
         sys.stdout.flush()
         # Skips the parent's exit handlers, which are not this process's to run.
         os._exit(0)
+
+
+def write_run(folder: Path, **model: Any) -> Path:
+    """A configuration of twelve steps over a small dataset, both in `folder`, with a batch that grows."""
+    write_dataset(folder / "data")
+    lines = [
+        f"{key} = {value}" for key, value in asdict(small_model(**model)).items() if isinstance(value, int | float)
+    ]
+    config = folder / "run.toml"
+    config.write_text(SMALL_RUN.format(folder=folder, model="\n".join(lines)))
+    return config
+
+
+def start_training(config: Path, *overrides: str, processes: int = 1) -> subprocess.Popen[str]:
+    """`python -m pretrain train`, or the same under torchrun, in a process group of its own."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [*launcher, "-m", "pretrain", "train", str(config)]
+    for override in overrides:
+        command += ["--set", override]
+    return subprocess.Popen(
+        command,
+        cwd=PROJECT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], *, expect: int = 0) -> str:
+    """Waits for the end and checks the exit status; returns what was printed."""
+    output, _ = process.communicate(timeout=180)
+    assert process.returncode == expect, output
+    return output
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
