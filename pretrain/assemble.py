@@ -1,5 +1,6 @@
 """Puts a run together: the model under ZeRO, the stream of samples, the timeline."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,6 +59,8 @@ def verify_data(stream: SampleStream, place: Place) -> None:
 def assemble(config: Config, place: Place, stream: SampleStream) -> Assembly:
     """Builds model and optimizer. Processes must have been joined."""
     if config.run.deterministic:
+        # cuBLAS repeats its bits only with a workspace of fixed size.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(config.run.seed)
     model = Transformer(config.model)

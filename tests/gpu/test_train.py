@@ -1,0 +1,45 @@
+"""The same command on a GPU: bf16 over NCCL, fused AdamW, resume bit for bit in deterministic mode."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from support import finish, read_metrics, start_training, write_run
+
+from pretrain.checkpoint import CheckpointReader, step_folder
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+WIDE = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "moe_intermediate_size": 128,
+    "q_lora_rank": 64,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "initializer_range": 0.02,
+}
+
+
+def test_bf16_follows_fp32(tmp_path: Path) -> None:
+    config = write_run(tmp_path, **WIDE)
+    for dtype in ("fp32", "bf16"):
+        finish(start_training(config, f"run.name={dtype}", f"precision.dtype={dtype}"))
+    for exact, rounded in zip(read_metrics(tmp_path / "fp32"), read_metrics(tmp_path / "bf16"), strict=True):
+        assert rounded["lm_loss"] == pytest.approx(exact["lm_loss"], rel=5e-3), exact["step"]
+        assert rounded["max_memory_gib"] > 0
+
+
+def test_resume_is_exact_in_deterministic_mode(tmp_path: Path) -> None:
+    config = write_run(tmp_path, **WIDE)
+    exact = ("precision.dtype=bf16", "run.deterministic=true")
+    finish(start_training(config, "run.name=straight", *exact))
+    finish(start_training(config, "run.name=broken", "train.steps=5", *exact))
+    finish(start_training(config, "run.name=broken", *exact))
+    straight, broken = (CheckpointReader(step_folder(tmp_path / name, 12)) for name in ("straight", "broken"))
+    for kind in ("param", "exp_avg", "exp_avg_sq", "buffer", "rng"):
+        assert straight.keys(kind)
+        for name in straight.keys(kind):
+            assert torch.equal(straight.tensor(f"{kind}/{name}"), broken.tensor(f"{kind}/{name}")), name
