@@ -11,6 +11,7 @@ from typing import Any, Literal, NoReturn
 from pydantic import TypeAdapter, ValidationError
 
 from model.config import ModelConfig, RopeScaling
+from pretrain.errors import UserError
 
 Precision = Literal["fp32", "bf16", "fp8"]
 
@@ -57,7 +58,7 @@ _OPTIONAL = ("num_nextn_predict_layers", "initializer_range", "aux_loss_alpha")
 _SCALING = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 
 
-class HFError(ValueError):
+class HFError(UserError):
     """A Hugging Face folder that cannot be read or written; the message names the file, the key or tensor, the rule."""
 
 
