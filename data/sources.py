@@ -1,8 +1,8 @@
 """Sources: what a user names on the command line, found on disk as a fixed list of files, then cut into units.
 
-A source is a file (text, JSONL, compressed JSONL, Parquet), a folder of such files, a folder written by the `datasets`
-library's `save_to_disk`, `datasets:NAME` for a dataset that library can load by name, or `stdlib:`, the Python standard library's own
-source: real code that is on every machine.
+A source is a file (text, JSONL, compressed JSONL, Parquet), a folder of such files, a folder written by `save_to_disk`
+of the `datasets` library, `datasets:NAME` for what that library can load by name, or `stdlib:`, the Python standard
+library's own source: real code that is on every machine.
 """
 
 import hashlib
@@ -28,8 +28,11 @@ Format = Literal["text", "jsonl", "parquet", "arrow"]
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """How to read sources. The globs of `include` and `exclude` apply to each part of a path within its folder, or to
-    the whole of it when they hold a slash; `split` and `config` are those of the `datasets` library.
+    """How to read sources.
+
+    The globs of `include` and `exclude` apply to each part of a path within its folder, or to the whole of it when they
+    hold a slash. `split` and `config` are those of the `datasets` library. `leave_out` is a folder that is never looked
+    into: the one being written.
     """
 
     text_key: str = "text"
@@ -37,6 +40,7 @@ class SourceOptions:
     exclude: tuple[str, ...] = ()
     split: str = "train"
     config: str = ""
+    leave_out: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -134,8 +138,9 @@ def _format_of(path: Path) -> Format:
 def _folder_files(folder: Path, options: SourceOptions) -> list[SourceFile]:
     """Files below a folder, sorted; hidden ones, links to folders and what is no plain file are left out."""
     names: list[PurePath] = []
+    left_out = _within(folder, options.leave_out)
     for parent, folders, files in os.walk(folder, onerror=_raise):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if not name.startswith(".") and Path(parent, name) != left_out]
         below = PurePath(parent).relative_to(folder)
         names += [below / name for name in files if not name.startswith(".")]
     chosen = [name for name in sorted(names, key=lambda name: name.parts) if _is_chosen(name, options)]
@@ -209,3 +214,10 @@ def _count_rows(path: Path) -> int:
 
 def _raise(error: OSError) -> None:
     raise error
+
+
+def _within(folder: Path, other: Path | None) -> Path | None:
+    """`other` spelled as a path below `folder`, or None when it is elsewhere."""
+    if other is None or not other.resolve().is_relative_to(folder.resolve()):
+        return None
+    return folder / other.resolve().relative_to(folder.resolve())

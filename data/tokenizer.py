@@ -15,6 +15,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from data.errors import DataError
 from data.shards import TokenizerEntry, file_sha256, read_index, write_atomically
 
@@ -28,6 +31,7 @@ _USUAL_FIM = (
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
 )
+TokenIds = npt.NDArray[np.int32]
 _PIECE_CHARACTERS = 1 << 14
 # SentencePiece writes a space as this character, so a real one has to go through its bytes.
 _SPACE_SIGN = "\u2581"
@@ -54,7 +58,7 @@ class Backend(Protocol):
     def spelling(self, token: int) -> str:
         """The name of a token."""
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str]) -> list[TokenIds]:
         """Token ids of every text, no special tokens added."""
 
     def decode(self, ids: list[int]) -> str:
@@ -74,8 +78,8 @@ class Tokenizer:
     fim_hole: int = -1
     fim_end: int = -1
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of every text, no special tokens added."""
+    def encode_batch(self, texts: Sequence[str]) -> list[TokenIds]:
+        """Token ids [T] of every text, no special tokens added."""
         return self.backend.encode_batch(texts)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -175,8 +179,9 @@ class _SentencePiece:
 
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.vocab_size = self._processor.get_piece_size()
-        self._space_sign = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_SIGN.encode()]
-        has_bytes = all(self._processor.is_byte(token) for token in self._space_sign)
+        space_sign = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_SIGN.encode()]
+        self._space_sign = np.array(space_sign, np.int32)
+        has_bytes = all(self._processor.is_byte(token) for token in space_sign)
         # A model that adds or drops spaces at the ends of a text would do so at the ends of every piece.
         keeps_ends = all("".join(self._processor.encode_as_pieces(text)) == text for text in ("a", f"{_SPACE_SIGN}a"))
         self._can_cut = has_bytes and keeps_ends
@@ -188,26 +193,23 @@ class _SentencePiece:
     def spelling(self, token: int) -> str:
         return self._processor.id_to_piece(token)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str]) -> list[TokenIds]:
         if not self._can_cut:
-            return self._processor.encode(list(texts), num_threads=1)
+            return self._encode(list(texts))
         pieces: list[str] = []
-        counts = []
+        ends = []
         for text in texts:
-            before = len(pieces)
             for piece in _cut(text):
                 pieces.extend(re.split(f"({_SPACE_SIGN})", piece) if _SPACE_SIGN in piece else (piece,))
-            counts.append(len(pieces) - before)
-        encoded = iter(self._processor.encode(pieces, num_threads=1))
-        named = iter(pieces)
-        return [self._join(encoded, named, count) for count in counts]
+            ends.append(len(pieces))
+        ids = self._encode(pieces)
+        for number, piece in enumerate(pieces):
+            if piece == _SPACE_SIGN:
+                ids[number] = self._space_sign
+        return [np.concatenate(ids[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
 
-    def _join(self, encoded: Iterator[list[int]], pieces: Iterator[str], count: int) -> list[int]:
-        ids: list[int] = []
-        for _ in range(count):
-            piece_ids = next(encoded)
-            ids += self._space_sign if next(pieces) == _SPACE_SIGN else piece_ids
-        return ids
+    def _encode(self, texts: list[str]) -> list[TokenIds]:
+        return self._processor.encode(texts, num_threads=1, return_type="numpy")
 
     def decode(self, ids: list[int]) -> str:
         return self._processor.decode(ids)
@@ -235,10 +237,11 @@ class _HuggingFace:
         return self._added.get(name)
 
     def spelling(self, token: int) -> str:
-        return self._tokenizer.id_to_token(token)
+        return str(self._tokenizer.id_to_token(token))
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+    def encode_batch(self, texts: Sequence[str]) -> list[TokenIds]:
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
