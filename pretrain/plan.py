@@ -9,7 +9,7 @@ import torch
 from model.counts import ParameterCounts, cache_values_per_token, count_parameters, training_flops_per_token
 from pretrain.config import Config, TrainConfig, check_layout
 from pretrain.errors import UserError
-from pretrain.memory import GIB, Memory, rank_memory
+from pretrain.memory import DEVICE_OVERHEAD, GIB, Memory, rank_memory
 from pretrain.timeline import Timeline, TimelineValues
 
 
@@ -169,14 +169,15 @@ def _memory(config: Config, data_ranks: int, micro_batch_size: int) -> Memory:
 
 def check_memory(config: Config, planned: Plan, device_memory_gib: float) -> None:
     """Raises UserError, with the largest part and what would help, where a rank needs more than a device has."""
-    needed, limit = planned.memory.peak, device_memory_gib * GIB
-    if needed <= limit:
+    needed = planned.memory.peak + DEVICE_OVERHEAD
+    if needed <= device_memory_gib * GIB:
         return
     parts = (*planned.memory.held, *planned.memory.micro_batch, *planned.memory.step)
     largest = max(parts, key=lambda part: part.bytes)
     raise UserError(
         f"a rank needs {needed / GIB:.1f} GiB, more than --device-memory {device_memory_gib:g}; the largest part is "
-        f"{largest.name}, {largest.bytes / GIB:.1f} GiB; {_remedy(config, planned.layout.dp, limit)}"
+        f"{largest.name}, {largest.bytes / GIB:.1f} GiB; "
+        + _remedy(config, planned.layout.dp, device_memory_gib * GIB - DEVICE_OVERHEAD)
     )
 
 
@@ -191,7 +192,7 @@ def _remedy(config: Config, data_ranks: int, limit: float) -> str:
     for ranks in range(data_ranks + 1, most_ranks + 1):
         if _divides(smallest, ranks) and _memory(config, ranks, 1).peak <= limit:
             return f"{ranks} ranks with train.micro_batch_size = 1 would fit"
-    needed = _memory(config, most_ranks, 1).peak
+    needed = _memory(config, most_ranks, 1).peak + DEVICE_OVERHEAD
     return (
         f"even {most_ranks} ranks with train.micro_batch_size = 1 would need {needed / GIB:.1f} GiB each; use devices "
         "with more memory, shorter sequences or a smaller model"

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pretrain.memory import GIB, Part, total
+from pretrain.memory import DEVICE_OVERHEAD, GIB, Part, total
 from pretrain.plan import Plan
 
 _UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
@@ -85,6 +85,8 @@ def _memory(planned: Plan) -> Table:
     _add_parts(table, "in a micro-batch, estimated", memory.micro_batch)
     _add_parts(table, "at the end of a step", memory.step)
     table.add_row("peak", f"{memory.peak / GIB:.2f}", "the first and the larger of the others", style="bold")
+    on_device = f"{(memory.peak + DEVICE_OVERHEAD) / GIB:.2f}"
+    table.add_row("on a GPU, about", on_device, "with its driver and allocator", style="bold")
     return table
 
 
