@@ -111,13 +111,13 @@ def stream_hash(open_stream: Callable[[], SampleStream], specs: list[BatchSpec],
     The same samples give the same digest, whatever the number of ranks and the sizes of the batches. Every rank gets a
     stream of its own from `open_stream`.
     """
-    digest = hashlib.sha256()
+    tokens, documents = hashlib.sha256(), hashlib.sha256()
     loaders = [BatchLoader(open_stream(), specs, dp_rank=rank, dp_size=dp_size) for rank in range(dp_size)]
     for parts in zip(*loaders, strict=True):
         for part in parts:
-            digest.update(part.tokens.numpy().tobytes())
+            tokens.update(part.tokens.numpy().tobytes())
             if part.documents is not None:
-                digest.update(part.documents.numpy().tobytes())
+                documents.update(part.documents.numpy().tobytes())
     for loader in loaders:
         loader.close()
-    return digest.hexdigest()
+    return hashlib.sha256(tokens.digest() + documents.digest()).hexdigest()

@@ -82,11 +82,13 @@ def _fit_weights(counts: _Counts, tokens: Int64s) -> Floats:
     unigram, bigram, bucket = counts.score(tokens)
     total = np.bincount(bucket, minlength=_NUM_BUCKETS)
     weights = np.full(_NUM_BUCKETS, 0.5)
-    weights[0] = 0
+    weights[0] = 0.0
     for _ in range(_EM_STEPS):
         from_bigram = weights[bucket] * bigram
         share = from_bigram / (from_bigram + (1 - weights[bucket]) * unigram)
         credit = np.bincount(bucket, share, minlength=_NUM_BUCKETS)
         # One imagined token for either side keeps weights of rare buckets away from 0 and 1.
         weights[1:] = ((credit + 1) / (total + 2))[1:]
-    return weights
+    # All training tokens fill buckets that a part of them left empty; these take the weight of the one below.
+    last_filled = np.maximum.accumulate(np.where(total > 0, np.arange(_NUM_BUCKETS), 0))
+    return weights[last_filled]
