@@ -1,6 +1,7 @@
 """The command line of the data package: `python -m data prepare | verify | show`."""
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -93,7 +94,7 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     add("--train-tokenizer", type=int, metavar="VOCAB_SIZE", help="train a SentencePiece BPE on the sources instead")
     add("--validation", type=float, default=0.01, metavar="FRACTION", help="documents held out (default: 0.01)")
     add("--shard-tokens", type=_count, default=1 << 26, metavar="N", help="most tokens of a shard (default: 67108864)")
-    add("--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="default: one a CPU core")
+    add("--processes", type=int, default=_num_cores(), metavar="N", help="default: one a CPU core")
     add("--restart", action="store_true", help="remove what an earlier prepare left in DIR, and begin anew")
     reading = parser.add_argument_group("reading")
     add = reading.add_argument
@@ -163,10 +164,18 @@ def _show(options: argparse.Namespace) -> None:
 
 def _count(text: str) -> int:
     """A whole number, which may be written 1e9 or 10_000."""
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not value.is_integer():
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
     return int(value)
+
+
+def _num_cores() -> int:
+    """The cores this process may use, which a batch system often limits."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _describe(error: Exception) -> str:

@@ -221,7 +221,10 @@ def _tokenizer(options: PrepareOptions, units: list[Unit]) -> Tokenizer:
         vocab_size = options.train_tokenizer or 0
 
         def train(number: int, report: Report) -> None:
-            train_sentencepiece(_training_texts(units, options.validation), path, vocab_size)
+            texts = list(_training_texts(units, options.validation))
+            if not any(texts):
+                raise DataError(f"{', '.join(options.sources)}: no text to train a tokenizer on")
+            train_sentencepiece(texts, path, vocab_size)
 
         with progress("training the tokenizer", None) as report:
             # In a process of its own, so that Ctrl-C need not wait for it.
@@ -240,7 +243,7 @@ def _training_texts(units: list[Unit], validation: float) -> Iterator[str]:
         for document in unit.documents():
             content = document.text.encode()
             if text_hash(content) >= validation * 2**64:
-                yield document.text
+                yield document.text[:allowance]
             used += len(content)
             if used >= allowance:
                 break

@@ -33,7 +33,7 @@ VERSION = 1
 INDEX_NAME = "dataset.json"
 SPLITS = ("train", "validation")
 _MAX_HEADER_BYTES = 1 << 20
-_NUMPY_TYPES = {"U16": np.dtype("<u2"), "U32": np.dtype("<u4"), "U64": np.dtype("<u8")}
+_NUMPY_TYPES: Mapping[str, np.dtype[Any]] = {"U16": np.dtype("<u2"), "U32": np.dtype("<u4"), "U64": np.dtype("<u8")}
 
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
 
@@ -103,8 +103,8 @@ def write_shard(path: Path, tokens: Tokens, ends: npt.NDArray[np.uint64], text_b
 
     `tokens` [T] holds the documents one after another, `ends` [N] the offset past each of them.
     """
-    header = {"format": FORMAT, "version": str(VERSION)}
-    payload = save({"tokens": tokens, "ends": ends}, metadata=header)
+    # A single key: safetensors writes several in random order.
+    payload = save({"tokens": tokens, "ends": ends}, metadata={"format": f"{FORMAT} {VERSION}"})
     write_atomically(path, payload)
     return ShardEntry(path.name, hashlib.sha256(payload).hexdigest(), len(tokens), len(ends), text_bytes)
 
@@ -141,10 +141,10 @@ def read_sealed_json(path: Path) -> dict[str, Any]:
     """Reads what `write_sealed_json` wrote. Raises DataError when it is not that, byte for byte."""
     try:
         content = json.loads(path.read_bytes())
-        seal = content.pop("seal")
+        seal, found = content.pop("seal"), _seal(content)
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is damaged ({_first_line(error)}); prepare the dataset again") from error
-    if seal != _seal(content):
+    if seal != found:
         raise DataError(f"{path} is damaged or was edited: its checksum does not fit; prepare the dataset again")
     return content
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 _PERCENTILES = (0, 10, 50, 90, 99, 100)
 _BAR_WIDTH = 40
 _SAMPLE_TOKENS = 200
+# A document must not be able to steer the terminal.
+_VISIBLE = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t\r"}
 
 
 def show(folder: Path, split: str, num_samples: int, console: "Console") -> None:
@@ -42,10 +44,11 @@ def _lengths(shards: Sequence[Shard]) -> npt.NDArray[np.int64]:
 
 def _overview(index: DatasetIndex, lengths: dict[str, npt.NDArray[np.int64]]) -> Any:
     from rich.table import Table
+    from rich.text import Text
 
     tokenizer = index.tokenizer
     fim = "with FIM tokens" if tokenizer.fim_begin >= 0 else "without FIM tokens"
-    table = Table(title=f"{index.dtype} tokens of {tokenizer.file}: {tokenizer.vocab_size:,} entries, {fim}")
+    table = Table(title=Text(f"{index.dtype} tokens of {tokenizer.file}: {tokenizer.vocab_size:,} entries, {fim}"))
     names = ["shards", "documents", "tokens", "text", "bytes per token"]
     names += [f"length, percentile {percentile}" for percentile in _PERCENTILES]
     columns = [[*_amounts(index.splits[split]), *_percentiles(values)] for split, values in lengths.items()]
@@ -102,7 +105,7 @@ def _print_samples(
         shard, number = places[choice]
         start = int(shard.ends[number - 1]) if number else 0
         tokens = shard.tokens[start : int(shard.ends[number]) - 1]
-        text = tokenizer.decode(tokens[:_SAMPLE_TOKENS])
+        text = tokenizer.decode(tokens[:_SAMPLE_TOKENS]).translate(_VISIBLE)
         title = f"{split} document {choice}: {len(tokens):,} tokens"
         more = f"… {len(tokens) - _SAMPLE_TOKENS:,} more" if len(tokens) > _SAMPLE_TOKENS else None
         console.print(Panel(Text(text), title=title, subtitle=more))

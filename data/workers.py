@@ -7,6 +7,7 @@ pipe: the parent sees a worker die as the end of that pipe, and a worker sees it
 import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from multiprocessing import connection, get_context
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkProcess
@@ -32,8 +33,8 @@ def run_work(make_work: Callable[[], Work], numbers: Sequence[int], processes: i
         for _ in range(min(processes, len(numbers))):
             ours, theirs = get_context("fork").Pipe()
             worker = get_context("fork").Process(target=_serve, args=(make_work, theirs, [*workers, ours]), daemon=True)
-            workers[ours] = worker
             worker.start()
+            workers[ours] = worker
             theirs.close()
             _give(ours, waiting, workers)
         while workers:
@@ -51,7 +52,7 @@ def _take(ours: Connection, waiting: Iterator[int], workers: dict[Connection, Fo
     """Receives one message: a number is progress, None asks for more work, an exception ends everything."""
     try:
         message = ours.recv()
-    except EOFError:
+    except (EOFError, ConnectionError):
         workers[ours].join()
         raise DataError(
             f"a worker process died (exit status {workers[ours].exitcode}), most likely for lack of memory; "
@@ -68,7 +69,9 @@ def _take(ours: Connection, waiting: Iterator[int], workers: dict[Connection, Fo
 def _give(ours: Connection, waiting: Iterator[int], workers: dict[Connection, ForkProcess]) -> None:
     number = next(waiting, None)
     if number is not None:
-        ours.send(number)
+        # A worker that cannot take it has said why, or died: the next receipt tells.
+        with suppress(ConnectionError):
+            ours.send(number)
         return
     worker = workers.pop(ours)
     ours.close()
@@ -86,7 +89,7 @@ def _serve(make_work: Callable[[], Work], theirs: Connection, inherited: list[Co
         while (number := _next_number(theirs)) is not None:
             work(number, theirs.send)
             theirs.send(None)
-    except BrokenPipeError:
+    except ConnectionError:
         return
     except Exception as error:
         if not isinstance(error, DataError | OSError):
