@@ -1,0 +1,51 @@
+"""What a run writes down."""
+
+import json
+import math
+from pathlib import Path
+
+from pretrain.config import LoggingConfig
+from pretrain.recorder import Recorder, drop_later_metrics
+
+
+def step_metrics(step: int, **more: object) -> dict[str, object]:
+    numbers = {"loss": 1.25, "grad_norm": math.nan, "lr": 1e-3, "tokens_per_s": 10.0}
+    return {"step": step, "tokens": step * 8, **numbers, **more}
+
+
+def record(folder: Path, first: int, last: int) -> None:
+    with Recorder(folder, LoggingConfig(every=2), step=first - 1, goal=("step", last)) as recorder:
+        for step in range(first, last + 1):
+            recorder.record(step_metrics(step, first=first))
+
+
+def test_later_lines_are_replaced_after_a_resume(tmp_path: Path) -> None:
+    record(tmp_path, 1, 6)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "to')
+    record(tmp_path, 5, 8)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert [line["first"] for line in lines] == [1] * 4 + [5] * 4
+
+
+def test_numbers_are_unrounded_and_json(tmp_path: Path) -> None:
+    record(tmp_path, 1, 1)
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert "NaN" not in text
+    assert json.loads(text)["grad_norm"] is None
+    assert json.loads(text)["lr"] == 1e-3
+
+
+def test_dropping_keeps_whole_earlier_lines_only(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\nnot json\n[]\n{"step": 2}\n{"step": 3}\n{"step": 2')
+    drop_later_metrics(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_log_and_tensorboard_exist(tmp_path: Path, capsys) -> None:
+    record(tmp_path, 1, 4)
+    assert (tmp_path / "log.txt").read_text().count("step") == 3
+    assert list((tmp_path / "tensorboard").iterdir())
+    assert "loss 1.2500" in capsys.readouterr().err
