@@ -9,7 +9,9 @@ Every state is offered as ranges of one flat logical tensor a parameter (`Optimi
 not know how ZeRO cut it.
 """
 
+import contextlib
 import importlib
+import io
 import logging
 import os
 import warnings
@@ -66,12 +68,14 @@ class ZeroOptimizer:
         groups = _parameter_groups(module, config.weight_decay)
         on_cuda = next(module.parameters()).is_cuda
         optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps, fused=on_cuda)
-        self._engine, *_ = deepspeed.initialize(
-            model=module,
-            optimizer=optimizer,
-            config=_deepspeed_config(config, dtype, micro_batch_size),
-            dist_init_required=False,
-        )
+        # Its bf16 optimizer prints memory figures that nobody asked for.
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._engine, *_ = deepspeed.initialize(
+                model=module,
+                optimizer=optimizer,
+                config=_deepspeed_config(config, dtype, micro_batch_size),
+                dist_init_required=False,
+            )
         self._zero = self._engine.optimizer
         self._accumulates_in_fp32_buffers = hasattr(self._zero, "update_hp_grads")
         self._start_moments_at_zero()

@@ -103,6 +103,7 @@ class CheckpointWriter:
         """Writes this rank's ranges, keyed `kind/name@start`, and returns the manifest's entry of the file."""
         path = self._partial / f"rank-{rank:05d}.safetensors"
         save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, path)
+        path.chmod(0o644)  # safetensors makes files that only their owner can read
         return {path.name: _seal(path)}
 
     def commit(

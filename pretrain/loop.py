@@ -140,7 +140,7 @@ class _Meter:
         tokens_per_s = values.batch_size * values.seq_len / seconds
         tflops = tokens_per_s * self._flops_per_token[values.seq_len] / self._run.place.world_size / 1e12
         load = result.load.double()
-        metrics = {
+        metrics: dict[str, Any] = {
             "step": state.step,
             "tokens": state.tokens,
             "loss": result.loss,
