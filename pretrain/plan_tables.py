@@ -9,8 +9,7 @@ from rich.text import Text
 
 from pretrain.memory import DEVICE_OVERHEAD, GIB, Part, total
 from pretrain.plan import Plan
-
-_UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
+from pretrain.units import short
 
 
 def render(planned: Plan, console: Console) -> None:
@@ -19,15 +18,6 @@ def render(planned: Plan, console: Console) -> None:
     console.print(Text(f"{planned.name} on {ranks:,} rank{'s' if ranks > 1 else ''}", style="bold"), "")
     for table in (_model(planned), _layout(planned), _timeline(planned), _memory(planned)):
         console.print(table, "")
-
-
-def short(number: float) -> str:
-    """Three digits and a unit: 671B, 36.6B, 14.8T."""
-    for size, unit in _UNITS:
-        if number >= 0.9995 * size:
-            scaled = number / size
-            return f"{scaled:.{2 if scaled < 9.995 else 1 if scaled < 99.95 else 0}f}{unit}"
-    return f"{number:g}"
 
 
 def _model(planned: Plan) -> Table:

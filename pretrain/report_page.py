@@ -1,0 +1,113 @@
+"""The page that a report is: one HTML file that loads nothing, readable on a phone, in light and in dark."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+Facts = Sequence[tuple[str, str]]
+
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+_STYLE = """
+:root { color-scheme: light dark;
+  --page: #f6f7f9; --card: #ffffff; --ink: #1c2430; --faint: #5c6776; --grid: #d5dae1;
+  --line-1: #0072b2; --line-2: #c1500a; --line-3: #00795a; }
+@media (prefers-color-scheme: dark) { :root {
+  --page: #11151b; --card: #1a2029; --ink: #e4e9f0; --faint: #9aa6b5; --grid: #39434f;
+  --line-1: #56b4e9; --line-2: #f0a202; --line-3: #3fc79a; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink);
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
+main { max-width: 1240px; margin: 0 auto; padding: clamp(16px, 4vw, 40px); }
+header p { margin: 0; color: var(--faint); }
+h1 { margin: 0; font-size: clamp(26px, 5vw, 38px); line-height: 1.2; overflow-wrap: anywhere; }
+h2 { margin: 0 0 12px; font-size: 19px; }
+.tiles { display: grid; gap: 12px; margin: 24px 0; grid-template-columns: repeat(auto-fit, minmax(130px, 1fr)); }
+.tiles div { background: var(--card); border: 1px solid var(--grid); border-radius: 10px; padding: 12px 16px; }
+.tiles dt { color: var(--faint); font-size: 14px; }
+.tiles dd { margin: 0; font-size: clamp(18px, 5vw, 23px); font-weight: 650; font-variant-numeric: tabular-nums; }
+.cards { display: grid; gap: 20px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); }
+section { background: var(--card); border: 1px solid var(--grid); border-radius: 12px; min-width: 0;
+  padding: clamp(14px, 3vw, 22px); }
+section.wide { grid-column: 1 / -1; }
+svg { display: block; width: 100%; height: auto; }
+svg * { stroke-linejoin: round; stroke-linecap: butt; }
+svg text { font-family: inherit !important; }
+details { margin-top: 12px; }
+summary { cursor: pointer; color: var(--faint); }
+.facts { display: grid; grid-template-columns: auto 1fr; gap: 4px 20px; margin: 14px 0 0; font-size: 15px; }
+.facts dt { color: var(--faint); }
+.facts dd { margin: 0; text-align: right; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+.note { color: var(--faint); margin: 0 0 14px; font-size: 15px; }
+.maps { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(min(46%, 250px), 1fr)); }
+figure { margin: 0; }
+figcaption { font-size: 14px; color: var(--faint); overflow-wrap: anywhere; }
+.maps img { display: block; width: 100%; height: 130px; border-radius: 4px; image-rendering: pixelated; }
+.scale { display: flex; gap: 10px; align-items: center; margin-top: 16px; font-size: 14px; color: var(--faint); }
+.scale i { flex: 0 1 220px; height: 10px; border-radius: 5px; }
+pre { margin: 12px 0 0; overflow-x: auto; font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+"""
+
+
+@dataclass(frozen=True)
+class Card:
+    """A part of the page: a picture (trusted markup) and the numbers behind it."""
+
+    title: str
+    picture: str
+    facts: Facts
+    is_wide: bool = False
+    note: str = ""
+
+
+def page(*, title: str, subtitle: str, tiles: Facts, cards: Sequence[Card], config_text: str) -> str:
+    """The whole file. All texts are escaped here; only pictures are markup already."""
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
+<title>{escape(title)} · training report</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<main>
+<header>
+<p>Training report</p>
+<h1>{escape(title)}</h1>
+<p>{escape(subtitle)}</p>
+</header>
+<dl class="tiles">{"".join(f"<div>{_fact(fact)}</div>" for fact in tiles)}</dl>
+<div class="cards">
+{"".join(_section(card) for card in cards)}<section class="wide">
+<h2>Configuration</h2>
+<details><summary>every key, as the run used it</summary>
+<pre>{escape(config_text)}</pre></details>
+</section>
+</div>
+</main>
+</body>
+</html>
+"""
+
+
+def heat_maps(pictures: Sequence[tuple[str, str]], scale: str) -> str:
+    """Pictures with captions, side by side as far as there is room, and the scale of their colours below."""
+    figures = "".join(
+        f'<figure><img src="{picture}" alt="{escape(caption)}"><figcaption>{escape(caption)}</figcaption></figure>\n'
+        for caption, picture in pictures
+    )
+    legend = f'<div class="scale">idle<i style="background: {scale}"></i>twice the mean load and more</div>'
+    return f'<div class="maps">\n{figures}</div>\n{legend}'
+
+
+def _section(card: Card) -> str:
+    note = f'<p class="note">{escape(card.note)}</p>\n' if card.note else ""
+    facts = f'<dl class="facts">{"".join(map(_fact, card.facts))}</dl>\n' if card.facts else ""
+    css_class = ' class="wide"' if card.is_wide else ""
+    return f"<section{css_class}>\n<h2>{escape(card.title)}</h2>\n{note}{card.picture}\n{facts}</section>\n"
+
+
+def _fact(fact: tuple[str, str]) -> str:
+    return f"<dt>{escape(fact[0])}</dt><dd>{escape(fact[1])}</dd>"
