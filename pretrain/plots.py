@@ -175,7 +175,7 @@ def draw_heat_map(load: Column) -> str:
     summed = np.add.reduceat(load, np.arange(0, len(load), moments))
     relative = summed / np.maximum(summed.mean(1, keepdims=True), 1e-12)
     file = io.BytesIO()
-    imsave(file, relative.T, format="png", cmap=_HEAT_MAP, vmin=0.0, vmax=_LOAD_SHOWN, metadata={"Software": None})
+    imsave(file, relative.T, format="png", cmap=_HEAT_MAP, vmin=0.0, vmax=_LOAD_SHOWN)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
