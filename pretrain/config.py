@@ -6,6 +6,7 @@ Each table is a dataclass beside the code that it configures. Unknown keys are r
 
 import dataclasses
 import difflib
+import math
 import tomllib
 import types
 import typing
@@ -157,16 +158,15 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 def parse_config(table: Table) -> Config:
     """Checks and types a raw table. Raises UserError naming the key, the value and the rule."""
-    unknown = next(_unknown_keys(table, Config, ""), None)
-    if unknown is not None:
-        key, known = unknown
-        nearest = difflib.get_close_matches(key.rpartition(".")[2], known, n=1, cutoff=0.5)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known here: {', '.join(sorted(known))}"
-        raise UserError(f"{key} is not a known key; {hint}")
+    mistakes = list(_mistakes(table, Config, ""))
+    if mistakes:
+        raise UserError("\n".join(mistakes))
     try:
         config = TypeAdapter(Config).validate_python(table)
     except ValidationError as error:
-        raise UserError("\n".join(dict.fromkeys(_describe(item) for item in error.errors()))) from None
+        # Types are right already, so what else is reported are only the other branches of a union.
+        found = [item for item in error.errors() if item["type"] == "value_error" or item["type"].startswith("missing")]
+        raise UserError("\n".join(dict.fromkeys(map(_describe, found or error.errors())))) from None
     _check_between_tables(config)
     return config
 
@@ -244,52 +244,97 @@ def _apply_override(table: Table, override: str) -> None:
     table[parts[-1]] = value
 
 
-def _unknown_keys(table: Mapping[str, Any], cls: type, path: str) -> Iterator[tuple[str, list[str]]]:
-    """Keys that no field answers to, with the names known beside them."""
-    hints = typing.get_type_hints(cls)
-    for key, value in table.items():
-        where = f"{path}{key}"
-        if key not in hints:
-            yield where, list(hints)
-            continue
-        nested = _dataclass_in(hints[key])
-        values = value if isinstance(value, list) else [value]
-        for item in values:
-            if nested and isinstance(item, dict):
-                yield from _unknown_keys(item, nested, f"{where}.")
+def _mistakes(value: Any, hint: Any, key: str) -> Iterator[str]:
+    """What is wrong with a raw value of a field of type `hint`, and with all inside it: types and unknown keys."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    fitting = next((option for option in options if _fits(value, option)), None)
+    if fitting is None:
+        rules = [_rule(option) for option in options if option is not type(None)]
+        is_number = isinstance(value, float) and "a number" in rules
+        yield f"{key} = {value!r} must be {'finite' if is_number else ' or '.join(rules)}"
+    elif isinstance(value, list):
+        for number, item in enumerate(value, 1):
+            yield from _mistakes(item, typing.get_args(fitting)[0], f"{key}, entry {number}")
+    elif isinstance(value, dict):
+        fields = typing.get_type_hints(fitting)
+        for name, item in value.items():
+            path = _join(key, name)
+            if name in fields:
+                yield from _mistakes(item, fields[name], path)
+            else:
+                yield f"{path} is not a known key; {_nearest(name, fields)}"
 
 
-def _dataclass_in(hint: Any) -> type | None:
-    """The dataclass that a field's type is or contains."""
-    if dataclasses.is_dataclass(hint):
-        return typing.cast(type, hint)
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is not None:
-        found = (_dataclass_in(argument) for argument in typing.get_args(hint))
-        return next((cls for cls in found if cls), None)
-    return None
+def _fits(value: Any, option: Any) -> bool:
+    """Whether a TOML value is one of `option`: a dataclass, `tuple[X, ...]`, `Literal[...]` or a plain type."""
+    if dataclasses.is_dataclass(option):
+        return isinstance(value, dict)
+    if typing.get_origin(option) is tuple:
+        return isinstance(value, list)
+    if typing.get_origin(option) is Literal:
+        return any(type(value) is type(choice) and value == choice for choice in typing.get_args(option))
+    if option in (int, float):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return is_number and (option is float or value == int(value))
+    return type(value) is option
+
+
+def _rule(option: Any) -> str:
+    """What a value of a type is called, for a user."""
+    if dataclasses.is_dataclass(option):
+        return "a table"
+    if typing.get_origin(option) is tuple:
+        return "a list"
+    if typing.get_origin(option) is Literal:
+        return " or ".join(map(repr, typing.get_args(option)))
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text in quotes"}[option]
+
+
+def _nearest(name: str, known: Mapping[str, Any]) -> str:
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {matches[0]!r}?" if matches else f"known here: {', '.join(sorted(known))}"
+
+
+def _join(key: str, name: str) -> str:
+    return f"{key}{': ' if ', entry ' in key.rpartition('.')[2] else '.'}{name}" if key else name
 
 
 def _describe(error: Mapping[str, Any]) -> str:
-    """One line on one of pydantic's errors."""
-    names = [str(part) for part in error["loc"] if isinstance(part, int) or part in _ALL_FIELD_NAMES]
-    key = ".".join(names)
+    """One line on what pydantic found: a missing key, or a rule that a dataclass checks itself."""
+    key = ""
+    for part in error["loc"]:
+        if isinstance(part, int):
+            key = f"{key}, entry {part + 1}"
+        elif part in _FIELD_NAMES:
+            key = _join(key, part)
     if error["type"] == "value_error":
-        message = str(error["ctx"]["error"])
-        return message if not key or message.startswith(f"{key}.") else f"{key}.{message}"
-    if error["type"] in ("missing", "missing_keyword_only_argument"):
-        return f"{key} is missing and has no default; add it to the file, or use --set {key}=..."
+        return _put_before(key, str(error["ctx"]["error"]))
+    if error["type"].startswith("missing"):
+        by_option = f", or use --set {key}=..." if "." in key and "," not in key else ""
+        return f"{key} is missing and has no default; add it to the file{by_option}"
     return f"{key} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
-def _all_field_names(cls: type) -> Iterator[str]:
-    for name, hint in typing.get_type_hints(cls).items():
-        yield name
-        nested = _dataclass_in(hint)
-        if nested:
-            yield from _all_field_names(nested)
+def _put_before(key: str, message: str) -> str:
+    """The message with the path of its key in front, as far as it does not begin with it already."""
+    names = key.partition(",")[0].split(".")
+    for count in range(len(names)):
+        if message.startswith(".".join(names[count:]) + "."):
+            return ".".join([*names[:count], message])
+    return _join(key, message)
 
 
-_ALL_FIELD_NAMES = frozenset(_all_field_names(Config))
+def _field_names(hint: Any) -> Iterator[str]:
+    """The names of all fields of the dataclasses that a type is or contains."""
+    if dataclasses.is_dataclass(hint):
+        for name, inner in typing.get_type_hints(hint).items():
+            yield name
+            yield from _field_names(inner)
+    for argument in typing.get_args(hint):
+        yield from _field_names(argument)
+
+
+_FIELD_NAMES = frozenset(_field_names(Config))
 
 
 def _check_between_tables(config: Config) -> None:
