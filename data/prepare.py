@@ -146,15 +146,15 @@ def _plan(options: PrepareOptions, sources: Sequence[Source]) -> dict[str, Any]:
     return {
         "version": _PLAN_VERSION,
         "sources": [source.spec for source in sources],
-        "files": [
-            {"count": len(source.files), "bytes": source.size, "state": source.fingerprint} for source in sources
-        ],
         "tokenizer": _tokenizer_sha256(options.tokenizer) if options.tokenizer else None,
         "train_tokenizer": options.train_tokenizer,
         "special_names": asdict(options.names),
         **{key: list(value) if isinstance(value, tuple) else value for key, value in reading.items()},
         "validation": options.validation,
         "shard_tokens": options.shard_tokens,
+        "files": [
+            {"count": len(source.files), "bytes": source.size, "state": source.fingerprint} for source in sources
+        ],
     }
 
 

@@ -88,8 +88,8 @@ def find_source(spec: str, options: SourceOptions) -> Source:
         files = [_file(path, path.name)]
     else:
         raise DataError(
-            f"source {spec!r} does not exist; give a file, a folder, {STDLIB}, or {DATASETS_PREFIX}NAME for a dataset "
-            "that the `datasets` library can load by name"
+            f"source {spec!r} does not exist; give a file, a folder, {STDLIB} or {DATASETS_PREFIX}NAME, "
+            "a dataset that the `datasets` library can load by name"
         )
     if not files:
         raise DataError(f"source {spec!r} holds no file to read; check --include, --exclude and the folder")
