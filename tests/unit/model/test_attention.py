@@ -111,6 +111,11 @@ def test_documents_in_the_training_loss() -> None:
     assert abs(losses.lm_loss - model(tokens).lm_loss) > 1e-3
 
 
+def test_yarn_sharpens_the_softmax() -> None:
+    scale = make_model(rope_scaling=YARN).layers["0"].self_attn.scale
+    assert scale == pytest.approx(12**-0.5 * (0.1 * 0.5 * math.log(4) + 1) ** 2)
+
+
 def test_masks() -> None:
     assert causal_mask(2, 4, device=torch.device("cpu"))[0, 0].tolist() == [
         [True, True, True, False],

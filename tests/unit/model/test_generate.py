@@ -51,6 +51,10 @@ def test_top_p_keeps_the_smallest_set_that_holds_it(top_p: float, kept: set[int]
     assert set(draw(logits, temperature=1.0, top_p=top_p).tolist()) == kept
 
 
+def test_top_p_that_is_held_exactly_needs_no_further_token() -> None:
+    assert set(draw(torch.zeros(4), temperature=1.0, top_p=0.5).tolist()) == {0, 1}
+
+
 def test_same_generator_same_text() -> None:
     model, prompt = make_model(), torch.tensor([[3, 14, 15]])
 

@@ -155,6 +155,29 @@ def test_phases_in_order_are_the_forward(index: int) -> None:
         assert torch.equal(block.router_stats(state).balance_loss, stats.balance_loss)
 
 
+def test_a_block_with_experts_by_hand() -> None:
+    model = make_model(n_shared_experts=2)
+    block = model.layers["1"]
+    x = torch.randn(1, POSITIONS, 32, generator=torch.Generator().manual_seed(0))
+    context = model._context(POSITIONS)
+    residual = x + block.self_attn(block.input_layernorm(x), context)
+    normed = block.post_attention_layernorm(residual)[0]
+    route = block.mlp.gate(normed)
+
+    def swiglu(gate_up: Tensor, down: Tensor, token: Tensor) -> Tensor:
+        gate, up = (gate_up @ token).chunk(2)
+        return down @ (F.silu(gate) * up)
+
+    shared, experts = block.mlp.shared_experts, block.mlp.experts
+    rows = []
+    for t in range(POSITIONS):
+        out = residual[0, t] + swiglu(shared.gate_up_proj.weight, shared.down_proj.weight, normed[t])
+        for expert, weight in zip(route.experts[t], route.weights[t], strict=True):
+            out = out + weight * swiglu(experts.gate_up_proj[expert], experts.down_proj[expert], normed[t])
+        rows.append(out)
+    torch.testing.assert_close(block(x, context)[0][0], torch.stack(rows), atol=1e-5, rtol=1e-5)
+
+
 def test_recomputing_a_block_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model()
     tokens = random_tokens(model)

@@ -16,6 +16,7 @@ from model.counts import count_parameters
 from model.generate import generate
 from model.init import initialize
 from model.transformer import Transformer
+from pretrain import hf
 from pretrain.hf import HFError, export_folder, import_folder
 from pretrain.hf_config import hf_config, model_config_from_hf
 from pretrain.hf_layout import dequantize, is_quantized, quantize
@@ -405,6 +406,31 @@ def test_failed_export_leaves_nothing(tmp_path: Path) -> None:
             model.config, interrupted(), tmp_path / "out", dtype=None, max_position_embeddings=64, eos_token_id=1
         )
     assert not list(tmp_path.iterdir())
+
+
+def test_every_file_is_on_disk_before_the_folder_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    existed: list[bool] = []
+    plain_sync = hf._sync
+
+    def recording_sync(path: Path) -> None:
+        synced.append(path)
+        existed.append((tmp_path / "out").exists())
+        plain_sync(path)
+
+    monkeypatch.setattr(hf, "_sync", recording_sync)
+    export(random_model(random_config(0)), tmp_path / "out", shard_bytes=20_000)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names < {path.name for path, too_late in zip(synced, existed, strict=True) if not too_late}
+    assert synced[-1] == tmp_path
+
+
+def test_router_bias_is_always_read_in_fp32(tmp_path: Path) -> None:
+    config = replace(random_config(0), first_k_dense_replace=0)
+    folder = export(random_model(config), tmp_path / "out")
+    edit_tensors(lambda t: t.update({k: v.bfloat16() for k, v in t.items() if k.endswith("correction_bias")}))(folder)
+    biases = [tensor for name, tensor in import_folder(folder).tensors if name.endswith("correction_bias")]
+    assert {bias.dtype for bias in biases} == {torch.float32}
 
 
 def test_export_refuses_a_folder_in_use(tmp_path: Path) -> None:
