@@ -71,10 +71,8 @@ class TrainConfig:
             if value is not None and value < lowest:
                 raise ValueError(f"{item.name} = {value} must be at least {lowest}")
         if (self.steps is None) == (self.tokens is None):
-            raise ValueError(
-                f"steps = {self.steps} and tokens = {self.tokens}: give exactly one of train.steps and train.tokens; "
-                "it says where to stop"
-            )
+            given = "neither is given" if self.steps is None else f"both are given, {self.steps} and {self.tokens}"
+            raise ValueError(f"steps or tokens says where to stop: {given}; give exactly one")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,10 +192,10 @@ def check_layout(config: Config, world_size: int) -> None:
         key, sizes = "timeline.batch_size", [config.schedule.at(seen).batch_size for seen in tokens]
     for size in sizes:
         if size % share:
+            nearest = sorted({max(size // share, 1) * share, (size // share + 1) * share})
             raise UserError(
                 f"{key} = {size} must be a multiple of train.micro_batch_size × data ranks = "
-                f"{config.train.micro_batch_size} × {world_size} = {share}; "
-                f"the nearest are {size // share * share or share} and {(size // share + 1) * share}"
+                f"{config.train.micro_batch_size} × {world_size} = {share}; use {' or '.join(map(str, nearest))}"
             )
 
 
@@ -340,9 +338,11 @@ _FIELD_NAMES = frozenset(_field_names(Config))
 def _check_between_tables(config: Config) -> None:
     train, timeline = config.train, config.timeline
     if (train.batch_size is None) == (timeline.batch_size is None):
+        given = (
+            "neither is given" if train.batch_size is None else f"both are given, train.batch_size = {train.batch_size}"
+        )
         raise UserError(
-            f"train.batch_size = {train.batch_size} and timeline.batch_size = {timeline.batch_size}: give exactly one; "
-            "the first is constant, the second may change over the run"
+            f"train.batch_size is constant, timeline.batch_size may change over the run: {given}; give exactly one"
         )
     if config.model.num_nextn_predict_layers >= train.seq_len:
         raise UserError(
