@@ -373,6 +373,39 @@ def test_shared_tensors_are_copied_to_each_prediction_depth(tmp_path: Path) -> N
     assert_same_bits(load_ours(tmp_path / "out").state_dict(), model.state_dict())
 
 
+@torch.no_grad()
+def test_transformers_loads_the_prediction_layer(tmp_path: Path) -> None:
+    """transformers knows prediction layers of this architecture only as layer 61."""
+    from transformers import DeepseekV3ForCausalLM
+    from transformers.modeling_layers import MtpModel
+
+    config = replace(
+        random_config(1),
+        hidden_size=16,
+        num_hidden_layers=61,
+        first_k_dense_replace=61,
+        num_nextn_predict_layers=1,
+    )
+    ours = random_model(config)
+    export(ours, tmp_path / "out", "fp32")
+    main = DeepseekV3ForCausalLM.from_pretrained(tmp_path / "out", experts_implementation="eager")
+    theirs = MtpModel.from_pretrained(main)
+    state = torch.randn(2, NUM_POSITIONS, 16, generator=torch.Generator().manual_seed(0))
+    embedded = ours.embed_tokens(random_tokens(config, 2, NUM_POSITIONS))
+    block = ours.layers["61"]
+    expected = block.shared_head.norm(block(block.join(embedded, state), ours._context(NUM_POSITIONS))[0])
+    positions = torch.arange(NUM_POSITIONS)[None]
+    out = theirs.layers[0](
+        embedded,
+        state,
+        position_embeddings=theirs.rotary_emb(embedded, position_ids=positions),
+        attention_mask=None,
+        position_ids=positions,
+        past_key_values=None,
+    )
+    torch.testing.assert_close(out, expected, atol=1e-4, rtol=0)
+
+
 def test_tensors_pass_through_one_at_a_time(tmp_path: Path) -> None:
     model = random_model(replace(random_config(0), num_hidden_layers=6))
     alive: list[weakref.ref] = []
