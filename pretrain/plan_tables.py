@@ -1,7 +1,5 @@
 """The tables that `plan` prints."""
 
-from collections.abc import Iterable
-
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -72,7 +70,7 @@ def _memory(planned: Plan) -> Table:
     table.add_column("GiB", justify="right")
     table.add_column("")
     _add_parts(table, "held all the time", memory.held)
-    _add_parts(table, "in a micro-batch, estimated", memory.micro_batch)
+    _add_parts(table, "in a micro-batch", memory.micro_batch, "estimated")
     _add_parts(table, "at the end of a step", memory.step)
     table.add_row("peak", f"{memory.peak / GIB:.2f}", "the first and the larger of the others", style="bold")
     on_device = f"{(memory.peak + DEVICE_OVERHEAD) / GIB:.2f}"
@@ -80,9 +78,8 @@ def _memory(planned: Plan) -> Table:
     return table
 
 
-def _add_parts(table: Table, heading: str, parts: Iterable[Part]) -> None:
-    parts = tuple(parts)
-    table.add_row(heading, f"{total(parts) / GIB:.2f}", "", style="italic")
+def _add_parts(table: Table, heading: str, parts: tuple[Part, ...], note: str = "") -> None:
+    table.add_row(heading, f"{total(parts) / GIB:.2f}", note, style="italic")
     for part in parts:
         table.add_row(f"  {part.name}", f"{part.bytes / GIB:.2f}", part.what)
     table.add_section()
