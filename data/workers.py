@@ -43,7 +43,7 @@ def run_work(make_work: Callable[[], Work], numbers: Sequence[int], processes: i
             report(0)
     finally:
         for ours, worker in workers.items():
-            worker.terminate()
+            worker.kill()
             worker.join()
             ours.close()
 
@@ -82,8 +82,9 @@ def _serve(make_work: Callable[[], Work], theirs: Connection, inherited: list[Co
     # A copy of the parent's ends would keep the pipes open after its death.
     for ours in inherited:
         ours.close()
+    # Sent to the whole process group, they are for the parent to answer.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         work = make_work()
         while (number := _next_number(theirs)) is not None:

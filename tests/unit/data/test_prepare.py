@@ -227,15 +227,22 @@ def _command(source: Path, out: Path) -> list[str]:
 
 
 def _stop_when(command: list[str], condition: Callable[[], bool], number: signal.Signals) -> tuple[int, str, set[int]]:
-    """Runs the command until the condition holds and sends a signal; gives exit status, stderr and its workers."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=_ROOT)
+    """Runs the command until the condition holds and sends a signal: SIGKILL to the command alone, others also to its
+    workers, as a terminal does. Gives exit status, stderr and the workers.
+    """
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=_ROOT, start_new_session=True
+    )
     deadline = time.monotonic() + 60
     while not condition() and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.001)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     workers = set(map(int, children.read_text().split())) if children.is_file() else set()
-    process.send_signal(number)
+    if number == signal.SIGKILL:
+        process.kill()
+    else:
+        os.killpg(process.pid, number)
     return process.wait(60), process.communicate()[1], workers
 
 

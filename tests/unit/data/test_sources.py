@@ -15,7 +15,7 @@ from data.errors import DataError
 from data.readers import EMPTY, NOT_TEXT
 from data.sources import SourceOptions, find_source, plan_units
 
-TEXTS = [f"document {number}\n\té ▁ {'x' * (number * 37 % 500)}" for number in range(200)]
+TEXTS = [f"document {number}\n\té ▁ {'x' * (number * 37 % 500)}" for number in range(1100)]
 
 
 def read(spec: str | Path, options: SourceOptions | None = None) -> tuple[list[str], dict[str, int]]:
@@ -64,7 +64,7 @@ def write_parquet(folder: Path) -> Path:
     import pyarrow.parquet
 
     table = pyarrow.table({"id": list(range(len(TEXTS))), "text": TEXTS})
-    pyarrow.parquet.write_table(table, folder / "corpus.parquet", row_group_size=70)
+    pyarrow.parquet.write_table(table, folder / "corpus.parquet", row_group_size=300)
     return folder / "corpus.parquet"
 
 
@@ -72,13 +72,13 @@ def write_dataset(folder: Path) -> Path:
     import datasets
 
     datasets.disable_progress_bars()
-    datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(str(folder / "saved"), num_shards=2)
+    datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(str(folder / "saved"), num_shards=1)
     return folder / "saved"
 
 
 def write_folder(folder: Path) -> Path:
     for number, text in enumerate(TEXTS):
-        (folder / f"{number:03d}.txt").write_bytes(text.encode())
+        (folder / f"{number:04d}.txt").write_bytes(text.encode())
     return folder
 
 
@@ -108,12 +108,12 @@ def test_small_units_give_the_same_documents(tmp_path: Path, write: Callable[[Pa
 
 
 @pytest.mark.usefixtures("small_units")
-@pytest.mark.parametrize("line_bytes", [998, 999, 1000, 1001])
+@pytest.mark.parametrize("line_bytes", [93, 129, 998, 999, 1000, 1001])
 def test_lines_that_end_where_units_do(tmp_path: Path, line_bytes: int) -> None:
-    lines = [json.dumps({"text": str(number)}) for number in range(12)]
+    lines = [json.dumps({"text": str(number)}) for number in range(60)]
     padded = [line + " " * (line_bytes - len(line) - 1) + "\n" for line in lines]
     (tmp_path / "a.jsonl").write_text("".join(padded).rstrip("\n"))
-    assert read(tmp_path / "a.jsonl") == ([str(number) for number in range(12)], {})
+    assert read(tmp_path / "a.jsonl") == ([str(number) for number in range(60)], {})
 
 
 def test_text_key(tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_dataset_loaded_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert read("datasets:owner/name", SourceOptions(split="dev", config="small"))[0] == TEXTS
     assert asked == [("owner/name", "small", "dev")]
     monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split: saved.select([5, 3]))
-    with pytest.raises(DataError, match=r"selects 2 of the 200 rows"):
+    with pytest.raises(DataError, match=r"selects 2 of the 1100 rows"):
         read("datasets:owner/name")
 
 
