@@ -33,6 +33,7 @@ class Shuffle:
     group_shards: int = 32
     window_tokens: int = 1 << 26
     window_documents: int = 1 << 20
+    sample_tokens: int = 1 << 24
 
 
 @dataclass(frozen=True)

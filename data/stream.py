@@ -1,16 +1,20 @@
 """The global stream of training samples: a pure function of (configuration, seed, position).
 
-Sample i of a run comes from the dataset d that the mixture names; as the n-th of that dataset it holds the tokens
+Each dataset is an endless stream of documents, cut into samples. Sample k holds the tokens
 
-    origin[d] + n L  ...  origin[d] + (n + 1) L + extra
+    origin[d] + k L  ...  origin[d] + (k + 1) L + extra
 
-of the dataset's endless stream of documents, L being the sequence length and extra the targets that reach past it. No
-rank, worker or batch size appears here, so none can change the order.
+of dataset d's stream, L being the sequence length and extra the targets that reach past it. Neighbouring samples are
+often pieces of one document, and a batch of such neighbours would be far from the average of the data; so samples are
+taken in random order within windows of about 16 million tokens. Sample i of a run comes from the dataset that the
+mixture names, as the next of that dataset's shuffled samples. No rank, worker or batch size appears here, so none can
+change the order.
 """
 
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +27,21 @@ from data.dataset import TokenDataset, check_same_tokenizer, open_dataset
 from data.errors import DataError
 from data.mixture import Mixture
 from data.order import DocumentStream, Shuffle
+from data.randomness import permutation
 
 
 @dataclass(frozen=True)
 class DataPosition:
     """Where a run stands in its stream.
 
-    `sample` counts the samples consumed so far. At `seq_len` tokens a sample, the n-th sample of dataset d begins at
-    token `origin[d] + n * seq_len` of its stream; origins are 0 until the sequence length changes, and may be negative.
+    `sample` counts the samples consumed so far. They have had `seq_len` tokens since number `since`, when dataset d
+    stood at token `origin[d]` of its stream; all of these are 0 until the sequence length changes.
     """
 
     sample: int
     seq_len: int
     origin: tuple[int, ...]
+    since: int = 0
 
     def advanced(self, samples: int) -> "DataPosition":
         """The position after so many more samples."""
@@ -43,12 +49,13 @@ class DataPosition:
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary, for checkpoints and metrics."""
-        return {"sample": self.sample, "seq_len": self.seq_len, "origin": list(self.origin)}
+        return {"sample": self.sample, "seq_len": self.seq_len, "origin": list(self.origin), "since": self.since}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "DataPosition":
         """The inverse of `to_json`."""
-        return cls(int(value["sample"]), int(value["seq_len"]), tuple(map(int, value["origin"])))
+        origin = tuple(map(int, value["origin"]))
+        return cls(int(value["sample"]), int(value["seq_len"]), origin, int(value["since"]))
 
 
 @dataclass(frozen=True)
@@ -77,12 +84,14 @@ class SampleStream:
     ) -> None:
         check_same_tokenizer(datasets)
         shuffle = shuffle or Shuffle()
+        self._seed, self._shuffle = seed, shuffle
         self.datasets = tuple(datasets)
         self.extra = extra
         self.fingerprint = _fingerprint(datasets, config, seed, shuffle)
         self._with_documents = not config.cross_document_attention
         weights = {entry.path: entry.weight for entry in config.datasets}
         self._mixture = Mixture(weights, seed=seed)
+        self._window_order = lru_cache(maxsize=2 * len(datasets))(self._lay_window_order)
         self._streams = [
             DocumentStream(dataset, seed=seed, number=number, fim_rate=config.fim_rate, shuffle=shuffle)
             for number, dataset in enumerate(datasets)
@@ -93,11 +102,12 @@ class SampleStream:
         return DataPosition(0, seq_len, (0,) * len(self._streams))
 
     def resized(self, position: DataPosition, seq_len: int) -> DataPosition:
-        """The same place in every dataset, going on with samples of another length."""
-        used = self._mixture.before(position.sample).tolist()
-        change = position.seq_len - seq_len
-        origin = tuple(start + count * change for start, count in zip(position.origin, used, strict=True))
-        return DataPosition(position.sample, seq_len, origin)
+        """Goes on with samples of another length, after the windows of every dataset that have been begun: of each, the
+        rest of one window is left out."""
+        window = self._window_samples(position.seq_len)
+        begun = -(-self._used(position, position.sample) // window)
+        origin = np.array(position.origin, np.int64) + begun * window * position.seq_len
+        return DataPosition(position.sample, seq_len, tuple(origin.tolist()), position.sample)
 
     def read(self, position: DataPosition, start: int, count: int) -> Samples:
         """Samples `start` to `start + count` after the position, count >= 1.
@@ -111,12 +121,32 @@ class SampleStream:
             )
         first, seq_len = position.sample + start, position.seq_len
         chosen = self._mixture.datasets(first, count)
-        used = self._mixture.before(first)
+        used = self._used(position, first)
         samples = _empty_samples(count, seq_len + self.extra, self._with_documents)
         for number in np.unique(chosen).tolist():
-            begin = position.origin[number] + int(used[number]) * seq_len
-            _fill(samples, np.flatnonzero(chosen == number), self._streams[number], begin, seq_len)
+            rows = np.flatnonzero(chosen == number)
+            shuffled = self._shuffled(number, int(used[number]), len(rows), seq_len)
+            for row, piece in enumerate(shuffled.tolist()):
+                begin = position.origin[number] + piece * seq_len
+                _fill(samples, rows[row : row + 1], self._streams[number], begin, seq_len)
         return samples
+
+    def _used(self, position: DataPosition, sample: int) -> npt.NDArray[np.int64]:
+        """Samples that each dataset gave up to number `sample`, since the sequence length last changed [D]."""
+        return self._mixture.before(sample) - self._mixture.before(position.since)
+
+    def _window_samples(self, seq_len: int) -> int:
+        return max(1, self._shuffle.sample_tokens // seq_len)
+
+    def _shuffled(self, number: int, start: int, count: int, seq_len: int) -> npt.NDArray[np.int64]:
+        """Which samples of a dataset are its `start`-th to `start + count`-th in the shuffled order [count]."""
+        size = self._window_samples(seq_len)
+        first, last = start // size, -(-(start + count) // size)
+        windows = [window * size + self._window_order(number, seq_len, window) for window in range(first, last)]
+        return np.concatenate(windows)[start - first * size :][:count]
+
+    def _lay_window_order(self, number: int, seq_len: int, window: int) -> npt.NDArray[np.int64]:
+        return permutation(self._window_samples(seq_len), "samples", self._seed, number, seq_len, window)
 
     def verify(
         self, part: int = 0, num_parts: int = 1, progress: Callable[[int, int], None] = lambda done, total: None

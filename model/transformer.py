@@ -4,9 +4,9 @@ Parameters carry the published names (`layers.3.self_attn.kv_b_proj.weight`, wit
 the whole model, so a part of it has the same names as the whole.
 
 Multi-token prediction (report, section 2.2) adds after the main layers, at depth k, one block fed with
-M · [RMSNorm(Emb(x_{t+k})) ; RMSNorm(h_t)], which predicts x_{t+k+1} through the embedding and head that it shares. (The
-report writes the two halves the other way round; this is the order of the published weights. h_t is taken before the
-final norm.)
+M · [RMSNorm(Emb(x_{t+k})) ; RMSNorm(h_t)], which predicts x_{t+k+1} through the embedding and head that it shares. The
+report writes the two halves the other way round; this is the order of the published weights. h_t is the state that the
+head of the depth before it sees, after its norm, as in the programs that serve those weights.
 """
 
 from typing import NamedTuple
@@ -85,7 +85,8 @@ class Transformer(nn.Module):
         if documents is not None:
             context = AttentionContext(context.rotary, document_mask(documents[:, :num_positions]))
         hidden, stats = self._run_main_layers(self.embed_tokens(tokens[:, :num_positions]), context)
-        lm_loss = self._loss(self.norm(hidden), tokens[:, 1 : num_positions + 1])
+        hidden = self.norm(hidden)
+        lm_loss = self._loss(hidden, tokens[:, 1 : num_positions + 1])
 
         mtp_losses = []
         for depth in range(1, self.config.num_nextn_predict_layers + 1):
@@ -94,9 +95,8 @@ class Transformer(nn.Module):
             joined = block.join(self.embed_tokens(tokens[:, depth : num_positions + depth]), hidden)
             hidden, block_stats = block(joined, context)
             stats += [block_stats] if block_stats else []
-            mtp_losses.append(
-                self._loss(block.shared_head.norm(hidden), tokens[:, depth + 1 : num_positions + depth + 1])
-            )
+            hidden = block.shared_head.norm(hidden)
+            mtp_losses.append(self._loss(hidden, tokens[:, depth + 1 : num_positions + depth + 1]))
         zero = lm_loss.new_zeros(())
         return Losses(
             lm_loss,

@@ -57,7 +57,8 @@ def verify_data(stream: SampleStream, place: Place) -> None:
 
 
 def assemble(config: Config, place: Place, stream: SampleStream) -> Assembly:
-    """Builds model and optimizer. Processes must have been joined."""
+    """Builds model and optimizer. Processes must have been joined. Raises UserError for sizes the device cannot do."""
+    _check_sizes(config, place)
     if config.run.deterministic:
         # cuBLAS repeats its bits only with a workspace of fixed size.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -73,6 +74,18 @@ def assemble(config: Config, place: Place, stream: SampleStream) -> Assembly:
         micro_batch_size=config.train.micro_batch_size,
     )
     return Assembly(config, place, config.schedule, stream, model, optimizer)
+
+
+def _check_sizes(config: Config, place: Place) -> None:
+    if place.device.type != "cuda" or config.precision.dtype != "bf16":
+        return
+    for name in ("hidden_size", "moe_intermediate_size"):
+        size = getattr(config.model, name)
+        if size % 8:
+            raise UserError(
+                f"model.{name} = {size} must be a multiple of 8 for bf16 experts on a GPU, whose rows are read 16 bytes "
+                'at a time; change it, or set precision.dtype = "fp32"'
+            )
 
 
 @contextmanager

@@ -16,9 +16,10 @@ from data.dataset import TokenDataset, open_dataset
 from data.errors import DataError
 from data.mixture import Mixture
 from data.order import DocumentStream, Shuffle
+from data.randomness import permutation
 from data.stream import DataPosition, SampleStream, ValidationSamples, open_stream
 
-SMALL = Shuffle(group_shards=2, window_tokens=20)
+SMALL = Shuffle(group_shards=2, window_tokens=20, sample_tokens=40)
 WEIGHTS = (0.6, 0.3, 0.1)
 
 
@@ -39,6 +40,13 @@ def make_stream(datasets: list[TokenDataset], *, extra: int = 1, **values: objec
     return SampleStream(datasets, make_config(datasets, **values), seed=5, extra=extra, shuffle=SMALL)
 
 
+def shuffled(number: int, taken: int, seq_len: int) -> int:
+    """Which piece of a dataset comes after `taken` others: windows of about 40 tokens, each in random order."""
+    size = max(1, 40 // seq_len)
+    window = taken // size
+    return window * size + permutation(size, "samples", 5, number, seq_len, window).tolist()[taken % size]
+
+
 @pytest.fixture(scope="module")
 def datasets(tmp_path_factory: pytest.TempPathFactory) -> list[TokenDataset]:
     return make_datasets(tmp_path_factory.mktemp("datasets"))
@@ -54,7 +62,7 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> list[TokenDataset]:
     start=st.integers(0, 50),
     count=st.integers(1, 40),
 )
-def test_samples_are_consecutive_pieces_of_each_dataset(
+def test_samples_are_shuffled_pieces_of_each_dataset(
     datasets: list[TokenDataset], seq_len: int, extra: int, rate: float, sample: int, start: int, count: int
 ) -> None:
     stream = make_stream(datasets, extra=extra, fim_rate=rate, cross_document_attention=False)
@@ -70,7 +78,8 @@ def test_samples_are_consecutive_pieces_of_each_dataset(
     assert samples.tokens.shape == (count, seq_len + extra)
     assert samples.documents is not None
     for row, number in enumerate(mixture.datasets(first, count).tolist()):
-        run = sources[number].read(used[number] * seq_len, seq_len + extra, with_documents=True)
+        piece = shuffled(number, used[number], seq_len)
+        run = sources[number].read(piece * seq_len, seq_len + extra, with_documents=True)
         used[number] += 1
         assert samples.tokens[row].tolist() == run.tokens.tolist()
         assert run.documents is not None
@@ -91,22 +100,40 @@ def test_documents_begin_after_each_end(datasets: list[TokenDataset]) -> None:
     changes=st.lists(st.tuples(st.integers(0, 60), st.sampled_from([1, 4, 9, 33])), min_size=1, max_size=4),
     rate=st.sampled_from([0.0, 0.5]),
 )
-def test_a_changed_length_goes_on_where_each_dataset_stood(
+def test_a_changed_length_goes_on_after_the_windows_begun(
     datasets: list[TokenDataset], changes: list[tuple[int, int]], rate: float
 ) -> None:
     stream = make_stream(datasets, fim_rate=rate)
     mixture = Mixture({str(number): weight for number, weight in enumerate(WEIGHTS)}, seed=5)
-    seen: list[list[int]] = [[], [], []]
-    position = stream.start(7)
+    sources = [
+        DocumentStream(dataset, seed=5, number=number, fim_rate=rate, shuffle=SMALL)
+        for number, dataset in enumerate(datasets)
+    ]
+    position, begins = stream.start(7), [0, 0, 0]
     for count, seq_len in [*changes, (1, 1)]:
-        if count:
-            rows = stream.read(position, 0, count).tokens[:, : position.seq_len].tolist()
-            for number, row in zip(mixture.datasets(position.sample, count).tolist(), rows, strict=True):
-                seen[number] += row
+        taken = [0, 0, 0]
+        rows = stream.read(position, 0, count).tokens.tolist() if count else []
+        chosen = mixture.datasets(position.sample, count).tolist() if count else []
+        for number, row in zip(chosen, rows, strict=True):
+            piece = shuffled(number, taken[number], position.seq_len)
+            expected = sources[number].read(begins[number] + piece * position.seq_len, position.seq_len + 1)
+            assert row == expected.tokens.tolist()
+            taken[number] += 1
+        size = max(1, 40 // position.seq_len)
+        for number, used in enumerate(taken):
+            begins[number] += -(-used // size) * size * position.seq_len
         position = stream.resized(position.advanced(count), seq_len)
-    for number, tokens in enumerate(seen):
-        source = DocumentStream(datasets[number], seed=5, number=number, fim_rate=rate, shuffle=SMALL)
-        assert not tokens or tokens == source.read(0, len(tokens)).tokens.tolist()
+        assert list(position.origin) == begins
+
+
+def test_neighbours_in_a_batch_are_not_neighbours_in_a_document(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path, documents_of([[4000] * 10]))
+    config = DataConfig(datasets=(DatasetConfig(path=str(tmp_path)),), cross_document_attention=False)
+    stream = SampleStream([dataset], config, seed=0, extra=1, shuffle=Shuffle(sample_tokens=40_000))
+    source = DocumentStream(dataset, seed=0)
+    documents = {tuple(source.read(100 * piece, 101).tokens.tolist()): piece // 40 for piece in range(400)}
+    batch = stream.read(stream.start(100), 0, 8).tokens.tolist()
+    assert len({documents[tuple(row)] for row in batch}) > 3
 
 
 def test_positions_survive_json(datasets: list[TokenDataset]) -> None:

@@ -55,6 +55,7 @@ def mtp_losses_by_hand(model: Transformer, sequence: Tensor) -> list[Tensor]:
     embedding of token t + k, and predicts token t + k + 1."""
     context = model._context(POSITIONS)
     state, _ = model._run_main_layers(model.embed_tokens(sequence[:POSITIONS])[None], context)
+    state = model.norm(state)
     losses = []
     for depth in range(1, model.config.num_nextn_predict_layers + 1):
         block = model.layers[str(model.config.num_hidden_layers + depth - 1)]
@@ -62,8 +63,8 @@ def mtp_losses_by_hand(model: Transformer, sequence: Tensor) -> list[Tensor]:
         for t in range(POSITIONS):
             embedding = block.enorm(model.embed_tokens.weight[sequence[t + depth]])
             joined.append(block.eh_proj(torch.cat([embedding, block.hnorm(state[0, t])])))
-        state, _ = Block.forward(block, torch.stack(joined)[None], context)
-        log_probabilities = model.lm_head(block.shared_head.norm(state[0])).log_softmax(-1)
+        state = block.shared_head.norm(Block.forward(block, torch.stack(joined)[None], context)[0])
+        log_probabilities = model.lm_head(state[0]).log_softmax(-1)
         losses.append(-sum(log_probabilities[t, sequence[t + depth + 1]] for t in range(POSITIONS)) / POSITIONS)
     return losses
 
