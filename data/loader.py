@@ -92,7 +92,7 @@ class BatchLoader:
 
     def _read(self, spec: BatchSpec) -> Batch:
         rows, rest = divmod(spec.batch_size, self._dp_size)
-        if rest or not rows:
+        if rest:
             raise DataError(
                 f"a batch of {spec.batch_size} samples cannot be shared by {self._dp_size} data-parallel ranks; "
                 "make train.batch_size a multiple of them"
