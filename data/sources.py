@@ -31,8 +31,8 @@ class SourceOptions:
     """How to read sources.
 
     The globs of `include` and `exclude` apply to each part of a path within its folder, or to the whole of it when they
-    hold a slash. `split` and `config` are those of the `datasets` library. `leave_out` is a folder that is never looked
-    into: the one being written.
+    hold a slash; an excluded folder is not entered. `split` and `config` are those of the `datasets` library.
+    `leave_out` is a folder that is never looked into: the one being written.
     """
 
     text_key: str = "text"
@@ -140,20 +140,24 @@ def _folder_files(folder: Path, options: SourceOptions) -> list[SourceFile]:
     names: list[PurePath] = []
     left_out = _within(folder, options.leave_out)
     for parent, folders, files in os.walk(folder, onerror=_raise):
-        folders[:] = [name for name in folders if not name.startswith(".") and Path(parent, name) != left_out]
         below = PurePath(parent).relative_to(folder)
+        folders[:] = [name for name in folders if not name.startswith(".") and Path(parent, name) != left_out]
+        folders[:] = [name for name in folders if not _matches(below / name, options.exclude)]
         names += [below / name for name in files if not name.startswith(".")]
     chosen = [name for name in sorted(names, key=lambda name: name.parts) if _is_chosen(name, options)]
     return [_file(folder / name, name.as_posix()) for name in chosen if (folder / name).is_file()]
 
 
 def _is_chosen(name: PurePath, options: SourceOptions) -> bool:
-    def matches(pattern: str) -> bool:
-        subjects = (name.as_posix(),) if "/" in pattern else name.parts
-        return any(fnmatchcase(subject, pattern) for subject in subjects)
+    return (not options.include or _matches(name, options.include)) and not _matches(name, options.exclude)
 
-    included = not options.include or any(map(matches, options.include))
-    return included and not any(map(matches, options.exclude))
+
+def _matches(name: PurePath, patterns: Sequence[str]) -> bool:
+    """Whether a part of the name matches a pattern, or all of it one that holds a slash."""
+    return any(
+        any(fnmatchcase(subject, pattern) for subject in ((name.as_posix(),) if "/" in pattern else name.parts))
+        for pattern in patterns
+    )
 
 
 def _stdlib_files(options: SourceOptions) -> list[SourceFile]:

@@ -180,6 +180,7 @@ def test_folders_are_sorted_and_filtered(tmp_path: Path) -> None:
     options = SourceOptions(include=("*.py",), exclude=("test*",))
     assert read(tmp_path, options)[0] == ["a/z.py", "a.py", "b.py"]
     assert read(tmp_path, SourceOptions(include=("a/*",)))[0] == ["a/tests/t.py", "a/z.py"]
+    assert read(tmp_path, SourceOptions(exclude=("a/tests", "*.md")))[0] == ["a/z.py", "a.py", "b.py", "test_b.py"]
     assert read(tmp_path, SourceOptions(leave_out=tmp_path / "a"))[0] == ["a.py", "b.py", "notes.md", "test_b.py"]
     with pytest.raises(DataError, match="holds no file to read"):
         read(tmp_path, SourceOptions(include=("*.rs",)))
