@@ -58,7 +58,7 @@ def _add_train_and_plan(commands: "argparse._SubParsersAction[argparse.ArgumentP
         commands,
         "plan",
         "parameters, memory and timeline of a run, without running it",
-        "python -m pretrain plan configs/dsv3_671b.toml --world-size 2048",
+        "python -m pretrain plan configs/dsv3_2b.toml --world-size 8 --device-memory 80",
     )
     _add_config(plan)
     plan.add_argument("--world-size", type=int, default=1, metavar="N", help="number of ranks (default: 1)")

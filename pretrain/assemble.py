@@ -83,8 +83,8 @@ def _check_sizes(config: Config, place: Place) -> None:
         size = getattr(config.model, name)
         if size % 8:
             raise UserError(
-                f"model.{name} = {size} must be a multiple of 8 for bf16 experts on a GPU, whose rows are read 16 bytes "
-                'at a time; change it, or set precision.dtype = "fp32"'
+                f"model.{name} = {size} must be a multiple of 8 for bf16 experts on a GPU, which read rows 16 bytes at "
+                'a time; change it, or set precision.dtype = "fp32"'
             )
 
 

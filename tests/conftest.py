@@ -1,4 +1,4 @@
-"""One thread in every test: the same sums in the same order in a process and in its forks, and no crowd on two cores."""
+"""One thread in every test: the same sums in a process and in its forks, and no crowd on two cores."""
 
 import torch
 
