@@ -38,6 +38,14 @@ def print_perplexity(
             entropies = ngram_entropies(train, samples)
             rows += [("interpolated bigram", entropies.bigram), ("unigram", entropies.unigram)]
         _print_table(folder, len(samples) * weights.context_length, rows)
+        if baselines:
+            print(_verdict(loss, best_count=min(entropies.bigram, entropies.unigram)))
+
+
+def _verdict(loss: float, *, best_count: float) -> str:
+    if loss < best_count:
+        return f"The model is {best_count - loss:.2f} nats a token better than counting."
+    return f"The model is {loss - best_count:.2f} nats a token worse than counting: it learned nothing from context."
 
 
 def _print_table(folder: Path, num_tokens: int, rows: list[tuple[str, float]]) -> None:
