@@ -23,14 +23,14 @@ from data.dataset import TokenDataset
 from data.fim import EXTRA_TOKENS, Count, fim_count, fim_mask, fim_steps
 from data.randomness import permutation, random_bits
 from data.shards import Tokens
-from data.window import Int64s, Window, lay_window
+from data.window import Int64s, Pieces, Window, lay_window
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shuffle:
     """Sizes of the shuffle. They are part of the order: other numbers give another stream."""
 
-    group_shards: int = 32
+    group_shards: int = 16
     window_tokens: int = 1 << 26
     window_documents: int = 1 << 20
     sample_tokens: int = 1 << 24
@@ -38,7 +38,7 @@ class Shuffle:
 
 @dataclass(frozen=True)
 class Run:
-    """Consecutive tokens [T] of a stream, and for each the number of its document in the stream [T] if asked."""
+    """Tokens of a stream, and for each the number of its document in the stream, if asked."""
 
     tokens: Tokens
     documents: Int64s | None
@@ -115,24 +115,41 @@ class DocumentStream:
         self._num_documents = np.array([entry.documents for entry in dataset.shards], np.int64)
         tokenizer = dataset.tokenizer
         self._specials = np.array([tokenizer.fim_begin, tokenizer.fim_hole, tokenizer.fim_end], dataset.index.dtype)
-        self._epoch = lru_cache(maxsize=1)(self._lay_epoch)
-        # One group at a time: each of its shards holds two file descriptors.
-        self._group = lru_cache(maxsize=1)(self._lay_group)
-        self._window = lru_cache(maxsize=2)(self._lay_window)
+        # Neighbouring samples may lie on both sides of a border. No more, as each shard of a group is an open file.
+        self._epoch = lru_cache(maxsize=2)(self._lay_epoch)
+        self._group = lru_cache(maxsize=2)(self._lay_group)
+        self._window = lru_cache(maxsize=4)(self._lay_window)
 
     def read(self, start: int, count: int, *, with_documents: bool = False) -> Run:
         """Tokens `start` to `start + count` of the stream, count >= 1."""
-        pieces: list[Tokens] = []
-        documents: list[Int64s] = []
-        stop = start + count
-        while start < stop:
-            window = self._window_at(start)
-            end = min(stop, window.end)
-            pieces += window.pieces(start, end)
-            if with_documents:
-                documents.append(window.documents(start, end))
-            start = end
-        return Run(np.concatenate(pieces), np.concatenate(documents) if with_documents else None)
+        run = self.gather(np.array([start]), count, with_documents=with_documents)
+        return Run(run.tokens[0], None if run.documents is None else run.documents[0])
+
+    def gather(self, starts: Int64s, count: int, *, with_documents: bool = False) -> Run:
+        """Ranges of `count` >= 1 tokens from each of `starts` [R] on; the run has shape [R, count]."""
+        arrays, pieces = self._cut(starts, starts + count)
+        places = zip(
+            pieces.sources.tolist(), pieces.begins.tolist(), (pieces.begins + pieces.lengths).tolist(), strict=True
+        )
+        tokens = np.concatenate([arrays[source][begin:end] for source, begin, end in places])
+        documents = np.repeat(pieces.document_numbers, pieces.lengths).reshape(-1, count) if with_documents else None
+        return Run(tokens.reshape(-1, count), documents)
+
+    def _cut(self, starts: Int64s, stops: Int64s) -> tuple[list[Tokens], Pieces]:
+        """Slices whose concatenation is the ranges [R] of the stream, one after another."""
+        arrays: list[Tokens] = []
+        parts: list[Pieces] = []
+        while len(rest := np.flatnonzero(starts < stops)):
+            window = self._window_at(int(starts[rest].min()))
+            inside = rest[starts[rest] < window.end]
+            edges = np.minimum(stops[inside], window.end)
+            part = window.cut(starts[inside], edges)
+            parts.append(part._replace(ranges=inside[part.ranges], sources=part.sources + len(arrays)))
+            arrays += window.arrays
+            starts = starts.copy()
+            starts[inside] = edges
+        order = np.argsort(np.concatenate([part.ranges for part in parts]), kind="stable")
+        return arrays, Pieces(*(np.concatenate(columns)[order] for columns in zip(*parts, strict=True)))
 
     def epoch_start(self, epoch: int) -> int:
         """The offset in the stream at which an epoch begins."""

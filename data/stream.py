@@ -6,9 +6,9 @@ Each dataset is an endless stream of documents, cut into samples. Sample k holds
 
 of dataset d's stream, L being the sequence length and extra the targets that reach past it. Neighbouring samples are
 often pieces of one document, and a batch of such neighbours would be far from the average of the data; so samples are
-taken in random order within windows of about 16 million tokens. Sample i of a run comes from the dataset that the
-mixture names, as the next of that dataset's shuffled samples. No rank, worker or batch size appears here, so none can
-change the order.
+taken in random order within windows of 16 million tokens, or of an epoch where that is less. Sample i of a run comes
+from the dataset that the mixture names, as the next of that dataset's shuffled samples. No rank, worker or batch size
+appears here, so none can change the order.
 """
 
 import hashlib
@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numpy.lib.stride_tricks import sliding_window_view
 
 from data.config import DataConfig
 from data.dataset import TokenDataset, check_same_tokenizer, open_dataset
@@ -104,9 +103,9 @@ class SampleStream:
     def resized(self, position: DataPosition, seq_len: int) -> DataPosition:
         """Goes on with samples of another length, after the windows of every dataset that have been begun: of each, the
         rest of one window is left out."""
-        window = self._window_samples(position.seq_len)
-        begun = -(-self._used(position, position.sample) // window)
-        origin = np.array(position.origin, np.int64) + begun * window * position.seq_len
+        sizes = self._window_sizes(position.seq_len)
+        begun = -(-self._used(position, position.sample) // sizes)
+        origin = np.array(position.origin, np.int64) + begun * sizes * position.seq_len
         return DataPosition(position.sample, seq_len, tuple(origin.tolist()), position.sample)
 
     def read(self, position: DataPosition, start: int, count: int) -> Samples:
@@ -126,27 +125,27 @@ class SampleStream:
         for number in np.unique(chosen).tolist():
             rows = np.flatnonzero(chosen == number)
             shuffled = self._shuffled(number, int(used[number]), len(rows), seq_len)
-            for row, piece in enumerate(shuffled.tolist()):
-                begin = position.origin[number] + piece * seq_len
-                _fill(samples, rows[row : row + 1], self._streams[number], begin, seq_len)
+            _fill(samples, rows, self._streams[number], position.origin[number] + shuffled * seq_len)
         return samples
 
     def _used(self, position: DataPosition, sample: int) -> npt.NDArray[np.int64]:
         """Samples that each dataset gave up to number `sample`, since the sequence length last changed [D]."""
         return self._mixture.before(sample) - self._mixture.before(position.since)
 
-    def _window_samples(self, seq_len: int) -> int:
-        return max(1, self._shuffle.sample_tokens // seq_len)
+    def _window_sizes(self, seq_len: int) -> npt.NDArray[np.int64]:
+        """Samples in a window of each dataset [D]; at most an epoch, so that no epoch is mixed with the one after next."""
+        tokens = np.minimum([dataset.num_tokens for dataset in self.datasets], self._shuffle.sample_tokens)
+        return np.maximum(tokens // seq_len, 1)
 
     def _shuffled(self, number: int, start: int, count: int, seq_len: int) -> npt.NDArray[np.int64]:
         """Which samples of a dataset are its `start`-th to `start + count`-th in the shuffled order [count]."""
-        size = self._window_samples(seq_len)
+        size = int(self._window_sizes(seq_len)[number])
         first, last = start // size, -(-(start + count) // size)
-        windows = [window * size + self._window_order(number, seq_len, window) for window in range(first, last)]
+        windows = [window * size + self._window_order(size, number, seq_len, window) for window in range(first, last)]
         return np.concatenate(windows)[start - first * size :][:count]
 
-    def _lay_window_order(self, number: int, seq_len: int, window: int) -> npt.NDArray[np.int64]:
-        return permutation(self._window_samples(seq_len), "samples", self._seed, number, seq_len, window)
+    def _lay_window_order(self, size: int, number: int, seq_len: int, window: int) -> npt.NDArray[np.int64]:
+        return permutation(size, "samples", self._seed, number, seq_len, window)
 
     def verify(
         self, part: int = 0, num_parts: int = 1, progress: Callable[[int, int], None] = lambda done, total: None
@@ -193,7 +192,8 @@ class ValidationSamples:
     def read(self, start: int, count: int) -> Samples:
         """Samples `start` to `start + count`, both within the length, count >= 1."""
         samples = _empty_samples(count, self._seq_len + self._extra, self._with_documents)
-        _fill(samples, np.arange(count), self._stream, start * self._seq_len, self._seq_len)
+        rows = np.arange(count)
+        _fill(samples, rows, self._stream, (start + rows) * self._seq_len)
         return samples
 
 
@@ -211,15 +211,12 @@ def _empty_samples(count: int, width: int, with_documents: bool) -> Samples:
     return Samples(np.empty((count, width), np.int64), documents)
 
 
-def _fill(samples: Samples, rows: npt.NDArray[np.int64], stream: DocumentStream, begin: int, seq_len: int) -> None:
-    """Writes consecutive samples of one stream, from offset `begin` on, into the given rows."""
-    width = samples.tokens.shape[1]
-    length = (len(rows) - 1) * seq_len + width
-    run = stream.read(begin, length, with_documents=samples.documents is not None)
-    samples.tokens[rows] = sliding_window_view(run.tokens, width)[::seq_len]
+def _fill(samples: Samples, rows: npt.NDArray[np.int64], stream: DocumentStream, starts: npt.NDArray[np.int64]) -> None:
+    """Writes the samples of a stream that begin at `starts` into the given rows."""
+    run = stream.gather(starts, samples.tokens.shape[1], with_documents=samples.documents is not None)
+    samples.tokens[rows] = run.tokens
     if samples.documents is not None and run.documents is not None:
-        numbers = sliding_window_view(run.documents, width)[::seq_len]
-        samples.documents[rows] = numbers - numbers[:, :1]
+        samples.documents[rows] = run.documents - run.documents[:, :1]
 
 
 def _fingerprint(datasets: Sequence[TokenDataset], config: DataConfig, seed: int, shuffle: Shuffle) -> str:

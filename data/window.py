@@ -5,12 +5,23 @@ all that is made when a window is reached; tokens are copied when they are read.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from data.fim import NUM_PIECES, Int64s, fim_pieces
 from data.shards import Tokens
+
+
+class Pieces(NamedTuple):
+    """Slices of arrays: for each, the range that it is part of, which array, where, how long, of which document."""
+
+    ranges: Int64s
+    sources: Int64s
+    begins: Int64s
+    lengths: Int64s
+    document_numbers: Int64s
 
 
 @dataclass(frozen=True)
@@ -29,24 +40,17 @@ class Window:
         """The offset in the stream past the last piece."""
         return int(self.offsets[-1])
 
-    def pieces(self, start: int, stop: int) -> list[Tokens]:
-        """Views whose concatenation is the stream from `start` to `stop`, which lie in this window."""
-        found, edges = self._overlap(start, stop)
-        begins = self.begins[found] + edges[:-1] - self.offsets[found]
-        ends = begins + np.diff(edges)
-        places = zip(self.sources[found].tolist(), begins.tolist(), ends.tolist(), strict=True)
-        return [self.arrays[source][begin:end] for source, begin, end in places]
-
-    def documents(self, start: int, stop: int) -> Int64s:
-        """The document number of each token from `start` to `stop`."""
-        found, edges = self._overlap(start, stop)
-        return np.repeat(self.document_numbers[found], np.diff(edges))
-
-    def _overlap(self, start: int, stop: int) -> tuple[slice, Int64s]:
-        """The pieces that meet [start, stop), and the borders between them inside it."""
-        first = int(np.searchsorted(self.offsets, start, "right")) - 1
-        last = int(np.searchsorted(self.offsets, stop, "left"))
-        return slice(first, last), np.clip(self.offsets[first : last + 1], start, stop)
+    def cut(self, starts: Int64s, stops: Int64s) -> Pieces:
+        """The pieces of ranges [R] of the stream that lie in this window, range after range."""
+        firsts = np.searchsorted(self.offsets, starts, "right") - 1
+        counts = np.searchsorted(self.offsets, stops, "left") - firsts
+        ranges = np.repeat(np.arange(len(starts)), counts)
+        found = np.arange(len(ranges)) + np.repeat(firsts - (np.cumsum(counts) - counts), counts)
+        offsets = self.offsets[found]
+        edges = np.maximum(offsets, starts[ranges])
+        lengths = np.minimum(self.offsets[found + 1], stops[ranges]) - edges
+        begins = self.begins[found] + edges - offsets
+        return Pieces(ranges, self.sources[found], begins, lengths, self.document_numbers[found])
 
 
 def lay_window(

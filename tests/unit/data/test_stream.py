@@ -21,12 +21,13 @@ from data.stream import DataPosition, SampleStream, ValidationSamples, open_stre
 
 SMALL = Shuffle(group_shards=2, window_tokens=20, sample_tokens=40)
 WEIGHTS = (0.6, 0.3, 0.1)
+LAYOUTS = ([[3, 1, 7], [20, 2]], [[1, 1, 1, 4]], [[60]])
+EPOCHS = (33, 7, 60)
 
 
 def make_datasets(folder: Path) -> list[TokenDataset]:
     """Three datasets, of one-token documents and long ones."""
-    layouts = [[[3, 1, 7], [20, 2]], [[1, 1, 1, 4]], [[60]]]
-    return [make_dataset(folder / str(number), documents_of(lengths)) for number, lengths in enumerate(layouts)]
+    return [make_dataset(folder / str(number), documents_of(lengths)) for number, lengths in enumerate(LAYOUTS)]
 
 
 def make_config(datasets: list[TokenDataset], **values: object) -> DataConfig:
@@ -40,9 +41,14 @@ def make_stream(datasets: list[TokenDataset], *, extra: int = 1, **values: objec
     return SampleStream(datasets, make_config(datasets, **values), seed=5, extra=extra, shuffle=SMALL)
 
 
+def window_size(number: int, seq_len: int) -> int:
+    """Samples in a window of about 40 tokens, or an epoch."""
+    return max(1, min(40, EPOCHS[number]) // seq_len)
+
+
 def shuffled(number: int, taken: int, seq_len: int) -> int:
-    """Which piece of a dataset comes after `taken` others: windows of about 40 tokens, each in random order."""
-    size = max(1, 40 // seq_len)
+    """Which piece of a dataset comes after `taken` others: each window is in random order."""
+    size = window_size(number, seq_len)
     window = taken // size
     return window * size + permutation(size, "samples", 5, number, seq_len, window).tolist()[taken % size]
 
@@ -119,11 +125,21 @@ def test_a_changed_length_goes_on_after_the_windows_begun(
             expected = sources[number].read(begins[number] + piece * position.seq_len, position.seq_len + 1)
             assert row == expected.tokens.tolist()
             taken[number] += 1
-        size = max(1, 40 // position.seq_len)
         for number, used in enumerate(taken):
+            size = window_size(number, position.seq_len)
             begins[number] += -(-used // size) * size * position.seq_len
         position = stream.resized(position.advanced(count), seq_len)
         assert list(position.origin) == begins
+
+
+def test_a_small_dataset_is_read_whole_before_any_of_it_comes_again(tmp_path: Path) -> None:
+    shards = documents_of([[5, 3, 8], [16]])
+    dataset = make_dataset(tmp_path, shards)
+    stream = SampleStream([dataset], DataConfig(datasets=(DatasetConfig(path=str(tmp_path)),)), seed=0, extra=1)
+    tokens = sorted(itertools.chain(*itertools.chain(*shards)))
+    for epoch in range(3):
+        seen = stream.read(stream.start(4), 8 * epoch, 8).tokens[:, :4]
+        assert sorted(seen.ravel().tolist()) == tokens
 
 
 def test_neighbours_in_a_batch_are_not_neighbours_in_a_document(tmp_path: Path) -> None:
