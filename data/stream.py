@@ -133,7 +133,7 @@ class SampleStream:
         return self._mixture.before(sample) - self._mixture.before(position.since)
 
     def _window_sizes(self, seq_len: int) -> npt.NDArray[np.int64]:
-        """Samples in a window of each dataset [D]; at most an epoch, so that no epoch is mixed with the one after next."""
+        """Samples in a window of each dataset [D]; at most an epoch, so that only neighbouring epochs mix."""
         tokens = np.minimum([dataset.num_tokens for dataset in self.datasets], self._shuffle.sample_tokens)
         return np.maximum(tokens // seq_len, 1)
 
