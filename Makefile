@@ -23,7 +23,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 demo: $(READY)
-	$(BIN)/python -m data prepare stdlib: --out $(DEMO_DATA) --train-tokenizer 2048
+	$(BIN)/python -m data prepare stdlib: --out $(DEMO_DATA) --train-tokenizer 2048 --validation 0.05
 	$(BIN)/torchrun --nproc-per-node 2 -m pretrain train configs/tiny.toml \
 	    --set run.dir=$(DEMO) --set 'data.datasets=[{ path = "$(DEMO_DATA)" }]'
 	$(BIN)/python -m pretrain eval $(DEMO)/tiny --data $(DEMO_DATA) --baselines
