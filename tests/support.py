@@ -155,12 +155,15 @@ def _rank_main(
 def write_run(folder: Path, **model: Any) -> Path:
     """A configuration of twelve steps over a small dataset, both in `folder`, with a batch that grows."""
     write_dataset(folder / "data")
-    lines = [
-        f"{key} = {value}" for key, value in asdict(small_model(**model)).items() if isinstance(value, int | float)
-    ]
     config = folder / "run.toml"
-    config.write_text(SMALL_RUN.format(folder=folder, model="\n".join(lines)))
+    config.write_text(SMALL_RUN.format(folder=folder, model=small_model_toml(**model)))
     return config
+
+
+def small_model_toml(**changes: Any) -> str:
+    """The lines of `[model]` for `small_model`."""
+    sizes = asdict(small_model(**changes)).items()
+    return "\n".join(f"{key} = {value}" for key, value in sizes if isinstance(value, int | float))
 
 
 def start_training(config: Path, *overrides: str, processes: int = 1) -> subprocess.Popen[str]:
