@@ -59,12 +59,12 @@ def join_processes(place: Place) -> None:
     if place.device.type == "cuda":
         torch.cuda.set_device(place.device)
         backend = "cpu:gloo,cuda:nccl"
-    if "MASTER_ADDR" in os.environ:
+    if place.world_size == 1:
+        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore(), timeout=COLLECTIVE_TIMEOUT)
+    elif "MASTER_ADDR" in os.environ:
         dist.init_process_group(
             backend, rank=place.rank, world_size=place.world_size, timeout=COLLECTIVE_TIMEOUT, init_method="env://"
         )
-    elif place.world_size == 1:
-        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore(), timeout=COLLECTIVE_TIMEOUT)
     else:
         raise LaunchError(
             f"MASTER_ADDR is not set, so {place.world_size} processes cannot find each other; start with torchrun, "

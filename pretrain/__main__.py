@@ -1,35 +1,50 @@
 """The command line: `python -m pretrain COMMAND`."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+DONE = 0
 USER_MISTAKE = 2
-STOPPED_EARLY = 75
+INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status: 0 done, 2 a mistake of the user's, 75 stopped early."""
+    """Runs a command and returns its exit status: 0 done, 2 a mistake of the user's, 75 stopped early with a checkpoint
+    written, 130 interrupted without one."""
     arguments = build_parser().parse_args(argv)
     from data.errors import DataError
-    from parallel.launch import LaunchError, find_place
+    from parallel.launch import LaunchError
     from pretrain import commands
     from pretrain.errors import UserError
-    from pretrain.hf_config import HFError
 
     try:
         return int(getattr(commands, arguments.function)(arguments))
-    except (UserError, DataError, HFError, LaunchError) as error:
-        if isinstance(error, LaunchError) or find_place().is_first:
-            print(f"pretrain: {error}", file=sys.stderr)
+    except (UserError, DataError, LaunchError) as error:
+        tell_mistake(error)
         return USER_MISTAKE
     except BrokenPipeError:
         sys.stderr.close()
-        return USER_MISTAKE
+        return DONE
     except KeyboardInterrupt:
         print("pretrain: interrupted", file=sys.stderr)
-        return STOPPED_EARLY
+        return INTERRUPTED
+
+
+def tell_mistake(error: Exception) -> None:
+    """One message for the user: from the first process where all know of it, else from the one that does."""
+    from torch import distributed
+
+    from pretrain.errors import SharedError
+
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    known_to_all = isinstance(error, SharedError) or not distributed.is_initialized()
+    if rank == "0":
+        print(f"pretrain: {error}", file=sys.stderr)
+    elif not known_to_all:
+        print(f"pretrain: rank {rank}: {error}", file=sys.stderr)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,5 +1,6 @@
 """ZeRO-1 against plain torch: norm, loss and parameters after clipped AdamW steps, on 1, 2 and 4 ranks."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,13 @@ def test_same_as_plain_torch(tmp_path: Path, world_size: int, dtype: torch.dtype
             covered[name][int(start) : int(start) + len(value)] += torch.from_numpy(value)
     for name, value in parameters.items():
         assert (covered[name] - value.flatten()).norm() < tolerance * value.norm(), name
+
+
+def test_forgotten_micro_batches_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planted fault: bf16 gradients of only the first micro-batch of a step reach their fp32 sums."""
+    load_deepspeed()
+    norms, _ = train_plainly(torch.bfloat16)
+    add, calls = ZeroOptimizer.end_micro_batch, itertools.count()
+    monkeypatch.setattr(ZeroOptimizer, "end_micro_batch", lambda self: next(calls) % BATCH or add(self))
+    ((faulty, _),) = run_ranks(1, train_under_zero, 1, torch.bfloat16, folder=tmp_path)
+    assert faulty[0] != pytest.approx(norms[0], rel=1e-2)
