@@ -6,6 +6,7 @@ when the order first reaches them. `verify` reads everything once, shared out ov
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from data.errors import DataError
@@ -26,12 +27,12 @@ class TokenDataset:
         """The tokenizer of the dataset, with the ids of its special tokens."""
         return self.index.tokenizer
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
         """Tokens of the split, end-of-document tokens included."""
         return sum(entry.tokens for entry in self.shards)
 
-    @property
+    @cached_property
     def num_documents(self) -> int:
         """Documents of the split."""
         return sum(entry.documents for entry in self.shards)

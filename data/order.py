@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import numpy.typing as npt
 
 from data.dataset import TokenDataset
 from data.fim import EXTRA_TOKENS, Count, fim_count, fim_mask, fim_steps
@@ -38,10 +39,10 @@ class Shuffle:
 
 @dataclass(frozen=True)
 class Run:
-    """Tokens of a stream, and for each the number of its document in the stream, if asked."""
+    """Ranges of a stream's tokens, and for each token its document, numbered from 0 in each range, if asked."""
 
     tokens: Tokens
-    documents: Int64s | None
+    documents: npt.NDArray[np.int32] | None
 
 
 @dataclass(frozen=True)
@@ -132,8 +133,7 @@ class DocumentStream:
             pieces.sources.tolist(), pieces.begins.tolist(), (pieces.begins + pieces.lengths).tolist(), strict=True
         )
         tokens = np.concatenate([arrays[source][begin:end] for source, begin, end in places])
-        documents = np.repeat(pieces.document_numbers, pieces.lengths).reshape(-1, count) if with_documents else None
-        return Run(tokens.reshape(-1, count), documents)
+        return Run(tokens.reshape(-1, count), _number_documents(pieces, count) if with_documents else None)
 
     def _cut(self, starts: Int64s, stops: Int64s) -> tuple[list[Tokens], Pieces]:
         """Slices whose concatenation is the ranges [R] of the stream, one after another."""
@@ -148,6 +148,8 @@ class DocumentStream:
             arrays += window.arrays
             starts = starts.copy()
             starts[inside] = edges
+        if len(parts) == 1:
+            return arrays, parts[0]
         order = np.argsort(np.concatenate([part.ranges for part in parts]), kind="stable")
         return arrays, Pieces(*(np.concatenate(columns)[order] for columns in zip(*parts, strict=True)))
 
@@ -216,6 +218,13 @@ class DocumentStream:
             start=int(around.starts[window]),
             first_document=first_document,
         )
+
+
+def _number_documents(pieces: Pieces, count: int) -> npt.NDArray[np.int32]:
+    """The documents of each range of `count` tokens, numbered from 0 [R, count]."""
+    firsts = np.flatnonzero(np.diff(pieces.ranges, prepend=-1))
+    numbers = pieces.document_numbers - pieces.document_numbers[firsts][pieces.ranges]
+    return np.repeat(numbers.astype(np.int32), pieces.lengths).reshape(-1, count)
 
 
 def _before(counts: Int64s) -> Int64s:

@@ -128,6 +128,13 @@ class SampleStream:
             _fill(samples, rows, self._streams[number], position.origin[number] + shuffled * seq_len)
         return samples
 
+    def verify(
+        self, part: int = 0, num_parts: int = 1, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> None:
+        """Compares this part of the shards with their checksums, dataset by dataset; see `TokenDataset.verify`."""
+        for dataset in self.datasets:
+            dataset.verify(part, num_parts, progress)
+
     def _used(self, position: DataPosition, sample: int) -> npt.NDArray[np.int64]:
         """Samples that each dataset gave up to number `sample`, since the sequence length last changed [D]."""
         return self._mixture.before(sample) - self._mixture.before(position.since)
@@ -146,13 +153,6 @@ class SampleStream:
 
     def _lay_window_order(self, size: int, number: int, seq_len: int, window: int) -> npt.NDArray[np.int64]:
         return permutation(size, "samples", self._seed, number, seq_len, window)
-
-    def verify(
-        self, part: int = 0, num_parts: int = 1, progress: Callable[[int, int], None] = lambda done, total: None
-    ) -> None:
-        """Compares this part of the shards with their checksums, dataset by dataset; see `TokenDataset.verify`."""
-        for dataset in self.datasets:
-            dataset.verify(part, num_parts, progress)
 
 
 class ValidationSamples:
@@ -216,7 +216,7 @@ def _fill(samples: Samples, rows: npt.NDArray[np.int64], stream: DocumentStream,
     run = stream.gather(starts, samples.tokens.shape[1], with_documents=samples.documents is not None)
     samples.tokens[rows] = run.tokens
     if samples.documents is not None and run.documents is not None:
-        samples.documents[rows] = run.documents - run.documents[:, :1]
+        samples.documents[rows] = run.documents
 
 
 def _fingerprint(datasets: Sequence[TokenDataset], config: DataConfig, seed: int, shuffle: Shuffle) -> str:

@@ -99,7 +99,7 @@ def test_any_run_is_that_of_the_reference(
             assert run.tokens.dtype == dtype
             assert run.tokens.tolist() == expected[start : start + count]
             assert run.documents is not None
-            assert run.documents.tolist() == numbers[start : start + count]
+            assert run.documents.tolist() == [number - numbers[start] for number in numbers[start : start + count]]
     assert starts == [0, *np.cumsum([sum(map(len, epoch)) for epoch in epochs])]
 
 
