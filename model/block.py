@@ -4,7 +4,6 @@ A layer runs in four phases, `attend`, `dispatch`, `experts` and `combine`, so t
 communication of one micro-batch beside the computation of another. `forward` is the four in order.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -30,17 +29,16 @@ class RouterStats(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockState:
-    """What passes from phase to phase: the residual and the normed input of the second half, [B, S, D] both, and in a
-    layer with experts the route and what became of the rows."""
+    """What passes from phase to phase: the residual, the normed input of the second half and what every token gets
+    from it (the dense MLP, or the shared experts), [B, S, D] all, and in a layer with routed experts the route and what
+    became of the rows."""
 
     residual: Tensor
     normed: Tensor
     route: Route | None = None
     dispatched: Dispatched | None = None
     expert_rows: Tensor | None = None
-
-
-MakeDispatcher = Callable[[int], Dispatcher]
+    shared: Tensor | None = None
 
 
 class MixtureOfExperts(nn.Module):
@@ -100,22 +98,24 @@ class Block(nn.Module):
         return replace(state, dispatched=self.mlp.dispatcher.dispatch(state.normed.flatten(0, 1), state.route))
 
     def experts(self, state: BlockState) -> BlockState:
-        """Runs the experts that live here; nothing in a dense layer."""
+        """Computes all of the second half: the dense MLP, or the routed experts that live here and the shared ones."""
         if not isinstance(self.mlp, MixtureOfExperts):
-            return state
+            return replace(state, shared=self.mlp(state.normed))
         assert state.dispatched is not None
-        return replace(state, expert_rows=self.mlp.experts(state.dispatched.rows, state.dispatched.counts))
+        rows = self.mlp.experts(state.dispatched.rows, state.dispatched.counts)
+        shared = None if self.mlp.shared_experts is None else self.mlp.shared_experts(state.normed)
+        return replace(state, expert_rows=rows, shared=shared)
 
     def combine(self, state: BlockState) -> Tensor:
-        """Brings the results back and adds them, the shared experts and the residual: [B, S, D]."""
-        if not isinstance(self.mlp, MixtureOfExperts):
-            return state.residual + self.mlp(state.normed)
-        assert state.route is not None
-        assert state.dispatched is not None
-        assert state.expert_rows is not None
-        routed = self.mlp.dispatcher.combine(state.expert_rows, state.dispatched, state.route)
-        out = state.residual + routed.view_as(state.residual)
-        return out if self.mlp.shared_experts is None else out + self.mlp.shared_experts(state.normed)
+        """Brings the routed results back and adds everything to the residual: [B, S, D]."""
+        out = state.residual
+        if isinstance(self.mlp, MixtureOfExperts):
+            assert state.route is not None
+            assert state.dispatched is not None
+            assert state.expert_rows is not None
+            routed = self.mlp.dispatcher.combine(state.expert_rows, state.dispatched, state.route)
+            out = out + routed.view_as(out)
+        return out if state.shared is None else out + state.shared
 
     def router_stats(self, state: BlockState) -> RouterStats | None:
         """Balance loss and load of the route taken, None in a dense layer."""

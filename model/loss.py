@@ -13,11 +13,11 @@ def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk_size:
     """
     hidden, labels = hidden.flatten(0, -2), labels.flatten()
     if len(labels) <= chunk_size or not torch.is_grad_enabled():
-        recompute = _summed_cross_entropy
+        sum_of = _summed_cross_entropy
     else:
-        recompute = _checkpointed_cross_entropy
+        sum_of = _checkpointed_cross_entropy
     sums = [
-        recompute(rows, weight, targets)
+        sum_of(rows, weight, targets)
         for rows, targets in zip(hidden.split(chunk_size), labels.split(chunk_size), strict=True)
     ]
     return torch.stack(sums).sum() / len(labels)

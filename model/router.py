@@ -16,6 +16,8 @@ from torch.nn import functional as F
 
 from model.config import ModelConfig
 
+BIAS_NAME = "e_score_correction_bias"
+
 
 @dataclass(frozen=True)
 class Route:
@@ -35,7 +37,7 @@ class Gate(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
-        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
+        self.register_buffer(BIAS_NAME, torch.zeros(config.n_routed_experts, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Route:
         """Routes x [T, D]."""

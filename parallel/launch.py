@@ -91,11 +91,6 @@ def gather_texts(text: str) -> list[str]:
     return [said or "" for said in texts]
 
 
-def wait_for_all() -> None:
-    """Returns once every process has come here."""
-    gather_texts("")
-
-
 def _integer(environment: Mapping[str, str], *names: str, default: int = 0) -> int:
     for name in names:
         if name in environment:

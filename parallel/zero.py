@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-_BUCKET_ELEMENTS = 50_000_000
+BUCKET_ELEMENTS = 50_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,10 +110,11 @@ class ZeroOptimizer:
                     },
                 )
 
-    def refresh_weights(self, step: int) -> None:
-        """After writing to the shards: makes the module's weights those of the masters, and sets Adam's step count."""
+    def refresh_weights(self, updates: int) -> None:
+        """After writing to the shards: makes the module's weights those of the masters, and sets Adam's count of
+        updates, which skipped steps are not."""
         for state in self._zero.optimizer.state.values():
-            state["step"] = torch.full_like(state["step"], float(step))
+            state["step"] = torch.full_like(state["step"], float(updates))
         self._zero.update_lp_params()
 
     def _start_moments_at_zero(self) -> None:
@@ -152,8 +153,8 @@ def _deepspeed_config(config: OptimizerConfig, dtype: torch.dtype, micro_batch_s
         "zero_optimization": {
             "stage": 1,
             "overlap_comm": False,
-            "reduce_bucket_size": _BUCKET_ELEMENTS,
-            "allgather_bucket_size": _BUCKET_ELEMENTS,
+            "reduce_bucket_size": BUCKET_ELEMENTS,
+            "allgather_bucket_size": BUCKET_ELEMENTS,
         },
     }
 

@@ -15,7 +15,7 @@ from model.transformer import Transformer
 from parallel.launch import Place, gather_texts
 from parallel.zero import ZeroOptimizer
 from pretrain.config import Config
-from pretrain.errors import UserError
+from pretrain.errors import SharedError, UserError
 from pretrain.timeline import Timeline
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -95,7 +95,7 @@ def failing_together() -> Iterator[None]:
     try:
         yield
     except (UserError, DataError, OSError) as error:
-        message = str(error)
+        message = str(error) or type(error).__name__
     failures = [said for said in gather_texts(message) if said]
     if failures:
-        raise UserError(failures[0])
+        raise SharedError(failures[0])

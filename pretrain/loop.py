@@ -13,7 +13,6 @@ from model.counts import training_flops_per_token
 from parallel.launch import Place
 from pretrain.assemble import Assembly, assemble, failing_together, open_data, verify_data
 from pretrain.config import Config, TrainConfig, dump_config
-from pretrain.errors import UserError
 from pretrain.evaluate import HeldOut, open_held_out
 from pretrain.recorder import Recorder, SilentRecorder, max_memory_gib, peak_tflops
 from pretrain.state import TrainState, first_state, resume, save
@@ -34,19 +33,19 @@ def train(config: Config, place: Place) -> bool:
     Returns False when a signal stopped it before; a checkpoint of the last step is there either way. Processes must
     have been joined. Raises UserError, on all ranks alike, before the first step.
     """
-    with failing_together():
-        stream = open_data(config)
-        held_out = open_held_out(config) if config.train.validate_every else None
-    if config.data.verify:
-        verify_data(stream, place)
-    run = assemble(config, place, stream)
-    state = resume(run) or first_state(run)
-    with failing_together():
-        if place.is_first:
-            _write_config(config)
-    with catch_stop_signals() as stop, _open_recorder(run, state) as recorder:
-        recorder.say(_describe_start(run, state))
-        return _loop(run, state, held_out, recorder, stop)
+    with catch_stop_signals() as stop:
+        with failing_together():
+            stream = open_data(config)
+            held_out = open_held_out(config) if config.train.validate_every else None
+        if config.data.verify:
+            verify_data(stream, place)
+        run = assemble(config, place, stream)
+        state = resume(run) or first_state(run)
+        with failing_together():
+            recorder = _open_recorder(run, state)
+        with recorder:
+            recorder.say(_describe_start(run, state))
+            return _loop(run, state, held_out, recorder, stop)
 
 
 def _loop(run: Assembly, state: TrainState, held_out: HeldOut | None, recorder: Recorder, stop: StopRequest) -> bool:
@@ -59,6 +58,7 @@ def _loop(run: Assembly, state: TrainState, held_out: HeldOut | None, recorder: 
         dp_rank=run.place.rank,
         dp_size=run.place.world_size,
         prefetch=run.config.data.prefetch,
+        pin_memory=run.place.device.type == "cuda",
     ) as batches:
         for batch in batches:
             values = run.timeline.at(state.tokens)
@@ -183,6 +183,8 @@ def _save(run: Assembly, state: TrainState, recorder: Recorder) -> int:
 def _open_recorder(run: Assembly, state: TrainState) -> Recorder:
     if not run.place.is_first:
         return SilentRecorder()
+    run.folder.mkdir(parents=True, exist_ok=True)
+    (run.folder / "config.toml").write_text(dump_config(run.config), encoding="utf-8")
     steps, tokens = run.config.train.steps, run.config.train.tokens
     return Recorder(
         run.folder, run.config.logging, step=state.step, goal=("step", steps) if steps else ("tokens", tokens)
@@ -194,12 +196,3 @@ def _describe_start(run: Assembly, state: TrainState) -> str:
     begin = f"resumed after step {state.step:,}" if state.step else "started"
     processes = f"{run.place.world_size} process" + ("es" if run.place.world_size > 1 else "")
     return f"{begin}: {run.folder}, {parameters:,} parameters, {processes} on {run.place.device.type}"
-
-
-def _write_config(config: Config) -> None:
-    folder = config.run.folder
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.toml").write_text(dump_config(config), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"run.dir = {config.run.dir!r}: {folder} cannot be written ({error}); choose another") from None

@@ -1,6 +1,7 @@
 """What a run must remember to go on bit for bit: where it stands, weights, moments, expert biases, random numbers."""
 
 import json
+import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from data.stream import DataPosition
-from parallel.launch import gather_texts, wait_for_all
+from model.router import BIAS_NAME
+from parallel.launch import gather_texts
 from pretrain.assemble import Assembly, failing_together
 from pretrain.checkpoint import (
     CheckpointReader,
@@ -21,6 +23,9 @@ from pretrain.checkpoint import (
 )
 from pretrain.config import dump_config
 from pretrain.errors import UserError
+
+# Keys of [model] that a run may change on the way: longer contexts, and what matters to the loss or the start only.
+_MAY_CHANGE = {"rope_scaling", "aux_loss_alpha", "initializer_range"}
 
 
 @dataclass(frozen=True)
@@ -90,17 +95,19 @@ def save(run: Assembly, state: TrainState) -> None:
 
 def resume(run: Assembly) -> TrainState | None:
     """Loads the newest checkpoint of the run, if there is one, verified before anything is changed."""
-    checkpoints = list_checkpoints(run.folder)
-    wait_for_all()
-    if not checkpoints:
+    with failing_together():
+        newest = list_checkpoints(run.folder)[-1:] if run.place.is_first else []
+    # Others might see an older state of a shared file system.
+    name = gather_texts(newest[0].name if newest else "")[0]
+    if not name:
         return None
     with failing_together():
-        reader = CheckpointReader(checkpoints[-1])
+        reader = CheckpointReader(run.folder / "checkpoints" / name)
         reader.verify(run.place.rank, run.place.world_size)
     with failing_together():
         _check_same_run(run, reader)
         state = TrainState.from_json(reader.manifest.state["train"])
-        _load_tensors(run, reader, state.step)
+        _load_tensors(run, reader, updates=state.step - state.skipped)
     return state
 
 
@@ -118,11 +125,11 @@ def _tensors_to_save(run: Assembly) -> dict[str, Tensor]:
     return tensors
 
 
-def _load_tensors(run: Assembly, reader: CheckpointReader, step: int) -> None:
+def _load_tensors(run: Assembly, reader: CheckpointReader, *, updates: int) -> None:
     for shard in run.optimizer.shards():
         for kind, tensor in shard.tensors.items():
             tensor.copy_(reader.range(f"{kind}/{shard.name}", shard.start, tensor.numel()))
-    run.optimizer.refresh_weights(step)
+    run.optimizer.refresh_weights(updates)
     for name, buffer in _expert_biases(run).items():
         buffer.copy_(reader.range(f"buffer/{name}", 0, buffer.numel()))
     for name in _random_states(run):
@@ -132,7 +139,7 @@ def _load_tensors(run: Assembly, reader: CheckpointReader, step: int) -> None:
 
 
 def _expert_biases(run: Assembly) -> dict[str, Tensor]:
-    return {name: buffer for name, buffer in run.model.named_buffers() if name.endswith("e_score_correction_bias")}
+    return {name: buffer for name, buffer in run.model.named_buffers() if name.endswith(BIAS_NAME)}
 
 
 def _random_states(run: Assembly) -> dict[str, Tensor]:
@@ -152,17 +159,13 @@ def _set_random_state(name: str, state: Tensor) -> None:
 
 def _check_same_run(run: Assembly, reader: CheckpointReader) -> None:
     """A run goes on only with the model and the order of data that it began with."""
-    shapes = {name: tuple(parameter.shape) for name, parameter in run.model.named_parameters()}
-    for name in sorted(shapes.keys() ^ reader.manifest.shapes.keys()):
-        raise UserError(
-            f"[model] does not fit checkpoint {reader.folder}: only one of them has {name}; "
-            "keep the model of the run, or choose another run.name"
-        )
-    for name, shape in shapes.items():
-        if shape != reader.manifest.shapes[name]:
+    there = tomllib.loads(reader.text("config.toml"))["model"]
+    here = tomllib.loads(dump_config(run.config))["model"]
+    for key in sorted((there.keys() | here.keys()) - _MAY_CHANGE):
+        if there.get(key) != here.get(key):
             raise UserError(
-                f"[model] does not fit checkpoint {reader.folder}: {name} is {list(shape)} here and "
-                f"{list(reader.manifest.shapes[name])} there; keep the model of the run, or choose another run.name"
+                f"model.{key} = {here.get(key)} does not fit checkpoint {reader.folder}, whose run has "
+                f"{there.get(key)}; put it back, or choose another run.name"
             )
     if "train" not in reader.manifest.state:
         raise UserError(
