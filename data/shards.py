@@ -137,16 +137,21 @@ def write_sealed_json(path: Path, content: Mapping[str, Any]) -> None:
     write_atomically(path, (json.dumps(sealed, indent=2) + "\n").encode())
 
 
-def read_sealed_json(path: Path) -> dict[str, Any]:
-    """Reads what `write_sealed_json` wrote. Raises DataError when it is not that, byte for byte."""
+def read_sealed_json(path: Path, *, remedy: str = "prepare the dataset again") -> dict[str, Any]:
+    """Reads what `write_sealed_json` wrote. Raises DataError, with the remedy, when it is not that, byte for byte."""
     try:
         content = json.loads(path.read_bytes())
         seal, found = content.pop("seal"), _seal(content)
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is damaged ({_first_line(error)}); prepare the dataset again") from error
+        raise DataError(f"{path} is damaged ({_first_line(error)}); {remedy}") from error
     if seal != found:
-        raise DataError(f"{path} is damaged or was edited: its checksum does not fit; prepare the dataset again")
+        raise DataError(f"{path} is damaged or was edited: its checksum does not fit; {remedy}")
     return content
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name read from an index can only be that of a file in the index's own folder."""
+    return name not in ("", ".", "..") and not any(sign in name for sign in "/\\\0")
 
 
 def read_index(folder: Path) -> DatasetIndex:
@@ -238,7 +243,7 @@ def _check_names(path: Path, index: DatasetIndex) -> None:
         raise DataError(f"{path} has special tokens {ids} in a vocabulary of {tokenizer.vocab_size}; it is damaged")
     entries = [entry for split in index.splits.values() for entry in split]
     for name in [tokenizer.file, *(entry.file for entry in entries)]:
-        if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+        if not is_plain_name(name):
             raise DataError(f"{path} names {name!r}, which is not a file of its own folder; the index is damaged")
     if index.dtype not in ("uint16", "uint32") or set(index.splits) - set(SPLITS):
         raise DataError(f"{path} has dtype {index.dtype!r} and splits {sorted(index.splits)}; the index is damaged")

@@ -10,8 +10,6 @@ Every parameter and optimizer state is one flat logical tensor, named `kind/name
 layout can read what any other wrote. The folder is filled under another name and renamed when everything is on disk.
 """
 
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -26,7 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data.shards import file_sha256
+from data.errors import DataError
+from data.shards import file_sha256, is_plain_name, read_sealed_json, write_sealed_json
 from pretrain.errors import UserError
 
 FORMAT = "eva-checkpoint"
@@ -69,42 +68,57 @@ def step_folder(run_folder: Path, step: int) -> Path:
 
 
 def list_checkpoints(run_folder: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
+    """The complete checkpoints of a run, oldest first. Raises UserError where they cannot be read."""
     parent = run_folder / "checkpoints"
-    folders = [path for path in parent.iterdir() if _STEP_FOLDER.fullmatch(path.name)] if parent.is_dir() else []
-    return sorted((path for path in folders if (path / MANIFEST).is_file()), key=lambda path: int(path.name[5:]))
+    try:
+        folders = [path for path in parent.iterdir() if _STEP_FOLDER.fullmatch(path.name)] if parent.is_dir() else []
+        complete = [path for path in folders if (path / MANIFEST).is_file()]
+    except OSError as error:
+        raise UserError(f"the checkpoints in {parent} cannot be read: {error}") from None
+    return sorted(complete, key=lambda path: int(path.name[5:]))
 
 
 def remove_old_checkpoints(run_folder: Path, keep: int) -> None:
     """Removes all but the `keep` newest (0: none is removed), and what a killed save left behind."""
-    for leftover in (run_folder / "checkpoints").glob(f"*{_PARTIAL}"):
+    for leftover in (run_folder / "checkpoints").glob(f"step-*{_PARTIAL}"):
         shutil.rmtree(leftover)
     for old in list_checkpoints(run_folder)[:-keep] if keep else []:
-        # Without its manifest a checkpoint is absent, however far the removal gets.
-        (old / MANIFEST).unlink()
-        shutil.rmtree(old)
+        _remove(old)
 
 
 class CheckpointWriter:
     """Writes one checkpoint in three steps: `begin` (one process), `write_tensors` (each rank), `commit` (one process,
-    after all ranks have written)."""
+    after all ranks have written).
 
-    def __init__(self, folder: Path) -> None:
+    In a run's folder, where all names are the program's own, what a killed save left behind is replaced. `alone`, a
+    single process writes to a place that a user named, and nothing that is there already is touched.
+    """
+
+    def __init__(self, folder: Path, *, alone: bool = False) -> None:
         self.folder = folder
-        self._partial = folder.with_name(folder.name + _PARTIAL)
+        self._alone = alone
+        self._partial = folder.with_name(f"{folder.name}{_PARTIAL}{f'-{os.getpid()}' if alone else ''}")
 
     def begin(self) -> None:
         """Makes the folder that will be renamed, empty."""
-        if self._partial.exists():
+        if self._partial.exists() and not self._alone:
             shutil.rmtree(self._partial)
         self._partial.mkdir(parents=True)
 
+    def discard(self) -> None:
+        """Removes what was written since `begin`, if it was not committed."""
+        shutil.rmtree(self._partial, ignore_errors=True)
+
     def write_tensors(self, rank: int, tensors: Mapping[str, Tensor]) -> dict[str, FileEntry]:
-        """Writes this rank's ranges, keyed `kind/name@start`, and returns the manifest's entry of the file."""
+        """Writes this rank's ranges, keyed `kind/name@start`, and returns the manifest's entry of the file. Raises
+        OSError where that fails."""
         path = self._partial / f"rank-{rank:05d}.safetensors"
-        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, path)
+        try:
+            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, path)
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from error
         path.chmod(0o644)  # safetensors makes files that only their owner can read
-        return {path.name: _seal(path)}
+        return {path.name: _entry(path)}
 
     def commit(
         self,
@@ -118,13 +132,11 @@ class CheckpointWriter:
         entries = dict(files)
         for name, content in texts.items():
             (self._partial / name).write_bytes(content)
-            entries[name] = _seal(self._partial / name)
-        manifest = Manifest(dict(shapes), entries, dict(state))
-        (self._partial / MANIFEST).write_text(_encode(manifest), encoding="utf-8")
-        _seal(self._partial / MANIFEST)
+            entries[name] = _entry(self._partial / name)
+        write_sealed_json(self._partial / MANIFEST, asdict(Manifest(dict(shapes), entries, dict(state))))
         _sync_folder(self._partial)
-        if self.folder.exists():
-            shutil.rmtree(self.folder)
+        if self.folder.exists() and not self._alone:
+            _remove(self.folder)
         os.rename(self._partial, self.folder)
         _sync_folder(self.folder.parent)
 
@@ -202,41 +214,42 @@ class CheckpointReader:
             raise UserError(f"checkpoint {self.folder} is damaged: {name}: {error}; use another") from None
 
 
-def _encode(manifest: Manifest) -> str:
-    content = asdict(manifest)
-    return json.dumps({"content": content, "sha256": _digest(content)}, indent=1) + "\n"
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def _read_manifest(folder: Path) -> Manifest:
-    path = folder / MANIFEST
-    if not path.is_file():
+    try:
+        manifest = TypeAdapter(Manifest).validate_python(
+            read_sealed_json(folder / MANIFEST, remedy="use another checkpoint")
+        )
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"no checkpoint at {folder}: {MANIFEST} is missing; name a folder such as RUN/checkpoints/step-…"
-        )
-    try:
-        document = json.loads(path.read_bytes())
-        content, digest = document["content"], document["sha256"]
-        manifest = TypeAdapter(Manifest).validate_python(content)
-    except (ValueError, ValidationError, KeyError, TypeError, RecursionError):
-        raise UserError(f"checkpoint {folder} is damaged: {MANIFEST} is unreadable; use another") from None
-    if digest != _digest(content):
-        raise UserError(f"checkpoint {folder} is damaged: {MANIFEST} does not match its checksum; use another")
+        ) from None
+    except OSError as error:
+        raise UserError(f"checkpoint {folder} cannot be read: {error}") from None
+    except ValidationError:
+        raise UserError(f"checkpoint {folder} is damaged: {MANIFEST} is not a manifest; use another") from None
+    except DataError as error:
+        raise UserError(str(error)) from None
     if (manifest.format, manifest.version) != (FORMAT, VERSION):
         raise UserError(
             f"checkpoint {folder} has format {manifest.format!r} version {manifest.version}; this program reads "
             f"{FORMAT!r} version {VERSION}"
         )
     for name in manifest.files:
-        if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+        if not is_plain_name(name):
             raise UserError(f"checkpoint {folder} names {name!r}, which is not a file of its own folder; use another")
     return manifest
 
 
-def _seal(path: Path) -> FileEntry:
+def _remove(checkpoint: Path) -> None:
+    """Takes a checkpoint's name first, so that it is whole or absent however far the removal gets."""
+    doomed = checkpoint.with_name(f"{checkpoint.name}.old{_PARTIAL}")
+    if doomed.exists():
+        shutil.rmtree(doomed)
+    os.rename(checkpoint, doomed)
+    shutil.rmtree(doomed)
+
+
+def _entry(path: Path) -> FileEntry:
     """Makes sure that a file is on disk and takes its size and checksum."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())

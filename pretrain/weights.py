@@ -13,6 +13,7 @@ from torch import Tensor
 from data.shards import TokenizerEntry
 from data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_entry
 from model.config import ModelConfig
+from model.router import BIAS_NAME
 from model.transformer import Transformer
 from pretrain.checkpoint import CheckpointReader, CheckpointWriter, FileEntry, list_checkpoints
 from pretrain.config import dump_toml
@@ -20,7 +21,6 @@ from pretrain.errors import UserError
 from pretrain.hf_tokenizer import TOKENIZER_FILES
 
 _FILE_BYTES = 5_000_000_000
-_BIAS = "e_score_correction_bias"
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Weights:
         """The model, for inference."""
         model = Transformer(self.config)
         for name, tensor in self.tensors():
-            if name.endswith(_BIAS):
+            if name.endswith(BIAS_NAME):
                 model.get_buffer(name).copy_(tensor)
             else:
                 model.get_parameter(name).data = tensor.to(device, dtype)
@@ -74,13 +74,12 @@ class Weights:
         return int(entry["eos"]) if entry else self.reader.manifest.state.get("eos")
 
 
-def open_weights(checkpoint: Path, *, verify: bool = True) -> Weights:
+def open_weights(checkpoint: Path) -> Weights:
     """Opens a checkpoint of any layout, or the newest of a run's folder, checksums verified. Raises UserError for a
     damaged one."""
     of_run = list_checkpoints(checkpoint)
     reader = CheckpointReader(of_run[-1] if of_run else checkpoint)
-    if verify:
-        reader.verify()
+    reader.verify()
     try:
         table = tomllib.loads(reader.text("config.toml"))["model"]
         config = TypeAdapter(ModelConfig).validate_python(table)
@@ -98,16 +97,37 @@ def write_weights(
     eos: int | None,
     tokenizer_file: Path | None,
 ) -> None:
-    """Writes a checkpoint of weights alone, in files of a few gigabytes. Raises UserError if `out` exists."""
-    if out.exists():
-        raise UserError(f"{out} exists; name a new folder")
-    writer = CheckpointWriter(out)
-    writer.begin()
+    """Writes a checkpoint of weights alone, in files of a few gigabytes. Raises UserError if `out` exists or cannot be
+    written, and leaves nothing behind then."""
+    writer = CheckpointWriter(out, alone=True)
+    try:
+        if out.exists():
+            raise UserError(f"{out} exists; name a new folder")
+        writer.begin()
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error}") from error
+    try:
+        files, shapes = _write_tensors(writer, tensors)
+        texts = {"config.toml": dump_toml({"model": dataclasses.asdict(config)}).encode()}
+        if tokenizer_file is not None:
+            texts[tokenizer_file.name] = tokenizer_file.read_bytes()
+        state = {"context_length": context_length, "eos": eos}
+        writer.commit(files=files, shapes=shapes, state=state, texts=texts)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error}") from error
+    finally:
+        writer.discard()
+
+
+def _write_tensors(
+    writer: CheckpointWriter, tensors: Iterable[tuple[str, Tensor]]
+) -> tuple[dict[str, FileEntry], dict[str, tuple[int, ...]]]:
+    """Writes all tensors; returns the entries of the files and the shapes of the parameters."""
     files: dict[str, FileEntry] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     pending: dict[str, Tensor] = {}
     for name, tensor in tensors:
-        if name.endswith(_BIAS):
+        if name.endswith(BIAS_NAME):
             pending[f"buffer/{name}@0"] = tensor
         else:
             pending[f"param/{name}@0"] = tensor.flatten()
@@ -115,9 +135,4 @@ def write_weights(
         if sum(waiting.nbytes for waiting in pending.values()) > _FILE_BYTES:
             files |= writer.write_tensors(len(files), pending)
             pending = {}
-    files |= writer.write_tensors(len(files), pending)
-    texts = {"config.toml": dump_toml({"model": dataclasses.asdict(config)}).encode()}
-    if tokenizer_file is not None:
-        texts[tokenizer_file.name] = tokenizer_file.read_bytes()
-    state = {"context_length": context_length, "eos": eos}
-    writer.commit(files=files, shapes=shapes, state=state, texts=texts)
+    return files | writer.write_tensors(len(files), pending), shapes

@@ -2,12 +2,17 @@
 
 import itertools
 import json
+import os
 import random
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from support import small_model
 
+from pretrain import checkpoint
 from pretrain.checkpoint import (
     MANIFEST,
     CheckpointReader,
@@ -17,6 +22,7 @@ from pretrain.checkpoint import (
     step_folder,
 )
 from pretrain.errors import UserError
+from pretrain.weights import write_weights
 
 VALUES = torch.arange(100, dtype=torch.float32)
 
@@ -87,7 +93,7 @@ def test_truncated_or_missing_file_is_named(tmp_path: Path) -> None:
         CheckpointReader(folder)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"content": 1, "sha256": ""}', "[" * 100_000, "\x80\x04K\x01."])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"files": 1, "seal": ""}', "[" * 100_000, "\x80\x04K\x01."])
 def test_hostile_manifest_is_refused(tmp_path: Path, content: str) -> None:
     folder = write(tmp_path / "c", [])
     (folder / MANIFEST).write_text(content)
@@ -116,3 +122,87 @@ def test_unfinished_saves_are_absent_and_old_ones_removed(tmp_path: Path) -> Non
     remove_old_checkpoints(tmp_path, keep=2)
     names = [path.name for path in sorted((tmp_path / "checkpoints").iterdir())]
     assert names == ["step-00000003", "step-00000010"]
+
+
+def test_a_removal_that_is_killed_leaves_no_checkpoint_and_is_finished_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    for step in (1, 2):
+        write(step_folder(tmp_path, step), [])
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            remove_old_checkpoints(tmp_path, keep=1)
+        with pytest.raises(KeyboardInterrupt):
+            write(step_folder(tmp_path, 2), [])
+    assert list_checkpoints(tmp_path) == []
+    write(step_folder(tmp_path, 2), [])
+    remove_old_checkpoints(tmp_path, keep=1)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_a_checkpoint_saved_again_takes_the_place_of_the_first(tmp_path: Path) -> None:
+    folder = write(tmp_path / "c", [33, 66])
+    assert write(folder, []) == folder
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+    assert not (folder / "rank-00002.safetensors").exists()
+    CheckpointReader(folder).verify()
+
+
+def test_a_disk_that_is_full_is_an_error_of_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match=r"rank-00000\.safetensors cannot be written: No space left"):
+        write(tmp_path / "c", [])
+
+
+def test_checkpoints_that_cannot_be_listed_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    write(step_folder(tmp_path, 1), [])
+    monkeypatch.setattr(Path, "iterdir", forbidden)
+    with pytest.raises(UserError, match=f"the checkpoints in {tmp_path}/checkpoints cannot be read: .*Permission"):
+        list_checkpoints(tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setattr(Path, "read_bytes", forbidden)
+    with pytest.raises(UserError, match=r"step-00000001 cannot be read: .*Permission"):
+        CheckpointReader(step_folder(tmp_path, 1))
+
+
+def import_into(out: Path, tensors: Iterable[tuple[str, torch.Tensor]] = (("w", VALUES),)) -> None:
+    write_weights(out, small_model(), tensors, context_length=8, eos=None, tokenizer_file=None)
+
+
+def test_weights_touch_nothing_that_is_there(tmp_path: Path) -> None:
+    mine = {f"{name}.partial{pid}" for name in ("out", "other") for pid in ("", f"-{os.getpid()}")}
+    for name in mine - {f"out.partial-{os.getpid()}"}:
+        (tmp_path / name).mkdir()
+    import_into(tmp_path / "out")
+    (tmp_path / f"out.partial-{os.getpid()}").mkdir()
+    with pytest.raises(UserError, match="other cannot be written"):
+        import_into(tmp_path / "other")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", *mine}
+    with pytest.raises(UserError, match="out exists; name a new folder"):
+        import_into(tmp_path / "out")
+
+
+def test_weights_that_fail_leave_nothing_behind(tmp_path: Path) -> None:
+    def damaged() -> Iterator[tuple[str, torch.Tensor]]:
+        yield "w", VALUES
+        raise UserError("damaged")
+
+    with pytest.raises(UserError, match="damaged"):
+        import_into(tmp_path / "out", damaged())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_below_a_file_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/out cannot be written: .*Not a directory"):
+        import_into(tmp_path / "file" / "out")
