@@ -15,6 +15,7 @@ import torch
 
 from model.config import ModelConfig
 from model.transformer import LOSS_CHUNK, Transformer
+from parallel.zero import BUCKET_ELEMENTS
 
 GIB = 1 << 30
 DEVICE_OVERHEAD = 2 * GIB
@@ -22,7 +23,6 @@ DEVICE_OVERHEAD = 2 * GIB
 _INT64, _FP32 = 8, 4
 _ALIGNMENT = 2
 _REDUCED_AT_ONCE = 500_000_000
-_ZERO_BUCKET = 50_000_000
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def _held(sizes: ParameterSizes, dtype: torch.dtype, data_ranks: int) -> tuple[P
     if width < _FP32:
         parts.append(Part("gradient sums", _FP32 * padded, "fp32, whole on every rank"))
     else:
-        parts.append(Part("bucket", _FP32 * _ZERO_BUCKET, "in which gradients are reduced"))
+        parts.append(Part("bucket", _FP32 * BUCKET_ELEMENTS, "in which gradients are reduced"))
     share = f"1/{data_ranks} of them" if data_ranks > 1 else "all of them"
     parts.append(Part("masters and moments", 3 * _FP32 * (padded // data_ranks), f"fp32, {share}"))
     return tuple(parts)

@@ -138,7 +138,7 @@ def live_bytes() -> int:
 
 def measure_rank(rank: int, dtype: torch.dtype) -> int:
     """What weights and optimizer take, with the gradients of a micro-batch."""
-    parallel.zero._BUCKET_ELEMENTS = 1000
+    parallel.zero.BUCKET_ELEMENTS = 1000
     before = live_bytes()
     model = Transformer(small_model())
     initialize(model, small_model(), seed=0)
@@ -155,7 +155,7 @@ def test_what_a_rank_holds_is_what_lives(
     ranks: int, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load_deepspeed()
-    monkeypatch.setattr(memory, "_ZERO_BUCKET", 1000)
+    monkeypatch.setattr(memory, "BUCKET_ELEMENTS", 1000)
     held = total(rank_memory(small_model(), dtype=dtype, data_ranks=ranks, micro_batch_size=1, seq_len=16).held)
     for live in run_ranks(ranks, measure_rank, dtype, folder=tmp_path):
         # Beside the flat tensors live the router's biases, rotary frequencies, counters of steps and little else.
