@@ -26,6 +26,12 @@ from pretrain.timeline import Timeline, TimelineConfig, value_at
 
 Table = dict[str, Any]
 
+_NOT_YET = {
+    "checkpoint.async": "checkpoints written in the background",
+    "parallel.recompute": "recomputation of activations",
+    "parallel.schedule": "pipeline schedules",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -74,6 +80,10 @@ class TrainConfig:
             given = "neither is given" if self.steps is None else f"both are given, {self.steps} and {self.tokens}"
             raise ValueError(f"steps or tokens says where to stop: {given}; give exactly one")
 
+    def is_end(self, step: int, tokens: int) -> bool:
+        """Whether a run that has made `step` steps and seen `tokens` tokens is at its end."""
+        return step >= self.steps if self.steps is not None else tokens >= (self.tokens or 0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionConfig:
@@ -110,8 +120,8 @@ class CheckpointConfig:
 class LoggingConfig:
     """`[logging]`: a line in the log every `every` steps; the load of each expert every `expert_load_every` steps.
 
-    `peak_tflops` is what one device can do in the run's precision, for `mfu`; 0 takes the known figure of the device,
-    if there is one.
+    `peak_tflops` is what one device can do in the run's precision, for `mfu`; 0 takes the known figure of the device.
+    Known are the dense bf16 peaks of a few; in fp32, and on other devices, `mfu` is null without a figure of your own.
     """
 
     every: int = 10
@@ -123,6 +133,8 @@ class LoggingConfig:
         for name in ("every", "expert_load_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1 step")
+        if self.peak_tflops < 0:
+            raise ValueError(f"peak_tflops = {self.peak_tflops} must not be negative; 0 takes the known figure")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,6 +271,8 @@ def _mistakes(value: Any, hint: Any, key: str) -> Iterator[str]:
             path = _join(key, name)
             if name in fields:
                 yield from _mistakes(item, fields[name], path)
+            elif path in _NOT_YET:
+                yield f"{path}: this version has no {_NOT_YET[path]} yet; remove the key"
             else:
                 yield f"{path} is not a known key; {_nearest(name, fields)}"
 
@@ -344,11 +358,20 @@ def _check_between_tables(config: Config) -> None:
         raise UserError(
             f"train.batch_size is constant, timeline.batch_size may change over the run: {given}; give exactly one"
         )
-    if config.model.num_nextn_predict_layers >= train.seq_len:
+    if train.batch_size is not None and timeline.batch_size_multiple != 1:
         raise UserError(
-            f"model.num_nextn_predict_layers = {config.model.num_nextn_predict_layers} must be below "
-            f"train.seq_len = {train.seq_len}"
+            f"timeline.batch_size_multiple = {timeline.batch_size_multiple} rounds timeline.batch_size, but the batch "
+            f"is constant, train.batch_size = {train.batch_size}; remove one of them"
         )
+    lengths = {"train.seq_len": float(train.seq_len)}
+    for number, piece in enumerate(timeline.seq_len if isinstance(timeline.seq_len, tuple) else (), 1):
+        lengths[f"timeline.seq_len, piece {number}: value"] = piece.value
+    for key, length in lengths.items():
+        if config.model.num_nextn_predict_layers >= length:
+            raise UserError(
+                f"model.num_nextn_predict_layers = {config.model.num_nextn_predict_layers} must be below "
+                f"{key} = {length:g}"
+            )
     if timeline.seq_len is not None and value_at(timeline.seq_len, 0) != train.seq_len:
         raise UserError(
             f"timeline.seq_len starts at {value_at(timeline.seq_len, 0):g}, but train.seq_len = {train.seq_len}; "

@@ -116,7 +116,7 @@ def stretches(timeline: Timeline, train: TrainConfig) -> Iterator[Stretch]:
     bisection.
     """
     step, tokens = 0, 0
-    while not _is_end(train, step, tokens):
+    while not train.is_end(step, tokens):
         values = timeline.at(tokens)
         size = values.batch_size * values.seq_len
         limits = [boundary for boundary in timeline.boundaries() if boundary > tokens]
@@ -127,10 +127,6 @@ def stretches(timeline: Timeline, train: TrainConfig) -> Iterator[Stretch]:
         num_steps = _count_equal(timeline, tokens, size, most)
         yield Stretch(step, tokens, num_steps, values.batch_size, values.seq_len)
         step, tokens = step + num_steps, tokens + num_steps * size
-
-
-def _is_end(train: TrainConfig, step: int, tokens: int) -> bool:
-    return step >= train.steps if train.steps is not None else tokens >= (train.tokens or 0)
 
 
 def _count_equal(timeline: Timeline, tokens: int, size: int, most: int) -> int:

@@ -9,8 +9,8 @@ The `[timeline]` table gives each value as a number or as pieces that follow one
       { value = 7.3e-6 },
     ]
 
-A piece ends at `value` when `until` tokens have been seen; it starts from `start`, or from the value before it. The
-last piece has no `until` and holds for ever. Where a run stops bends none of them.
+A piece ends at `value` when `until` tokens have been seen; it starts from `start`, or from the value before it, which
+the first does not have. The last piece has no `until` and holds for ever. Where a run stops bends none of them.
 """
 
 import math
@@ -40,6 +40,8 @@ class Piece:
 
 
 Pieces = float | tuple[Piece, ...]
+
+_WHOLE = ("batch_size", "seq_len")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,15 +128,15 @@ def value_at(pieces: Pieces, tokens: float) -> float:
 
 def _check(name: str, pieces: Pieces) -> None:
     if not isinstance(pieces, tuple):
-        _check_value(name, pieces)
+        _check_value(name, name, pieces)
         return
     if not pieces:
         raise ValueError(f"{name} = [] must hold at least one piece, such as {{ value = 1e-4 }}")
     _check_order(name, pieces)
     for number, piece in enumerate(pieces, 1):
-        _check_value(f"{name}, piece {number}: value", piece.value)
+        _check_value(name, f"{name}, piece {number}: value", piece.value)
         if piece.start is not None:
-            _check_value(f"{name}, piece {number}: start", piece.start)
+            _check_value(name, f"{name}, piece {number}: start", piece.start)
         if piece.start is not None and piece.shape == "constant":
             raise ValueError(f'{name}, piece {number}: start = {piece.start} needs shape = "linear" or "cosine"')
 
@@ -148,8 +150,12 @@ def _check_order(name: str, pieces: Sequence[Piece]) -> None:
             if piece.until <= reached:
                 raise ValueError(f"{name}, piece {number}: until = {piece.until:g} must be above {reached:g} tokens")
             reached = piece.until
+    if pieces[0].shape != "constant" and pieces[0].start is None:
+        raise ValueError(f"{name}, piece 1: `start` is missing; no value comes before a first piece")
 
 
-def _check_value(what: str, value: float) -> None:
+def _check_value(name: str, what: str, value: float) -> None:
+    if name in _WHOLE and not (value >= 1 and float(value).is_integer()):
+        raise ValueError(f"{what} = {value:g} must be a whole number, at least 1")
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{what} = {value} must be a finite number, not below 0")

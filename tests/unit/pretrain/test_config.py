@@ -229,6 +229,47 @@ MISTAKES = {
         ["timeline.learning_rate=[{value=1, until=10}, {value=2, until=5}, {value=3}]"],
         "timeline.learning_rate, piece 2: until = 5 must be above 10 tokens",
     ),
+    "empty batch": (
+        ["timeline.batch_size=0"],
+        "timeline.batch_size = 0 must be a whole number, at least 1",
+    ),
+    "batch of a fraction": (
+        ["timeline.batch_size=[{shape='linear', start=0.5, value=8, until=1e6}, {value=8}]"],
+        "timeline.batch_size, piece 1: start = 0.5 must be a whole number, at least 1",
+    ),
+    "later length of a fraction": (
+        ["timeline.seq_len=[{value=64, until=1e6}, {value=100.4}]"],
+        "timeline.seq_len, piece 2: value = 100.4 must be a whole number, at least 1",
+    ),
+    "prediction deeper than a later sequence": (
+        ["model.num_nextn_predict_layers=4", "timeline.seq_len=[{value=64, until=1e6}, {value=4}]"],
+        "model.num_nextn_predict_layers = 4 must be below timeline.seq_len, piece 2: value = 4",
+    ),
+    "a ramp from nowhere": (
+        ["timeline.learning_rate=[{shape='linear', value=1e-3, until=1e6}, {value=1e-3}]"],
+        "timeline.learning_rate, piece 1: `start` is missing; no value comes before a first piece",
+    ),
+    "multiple of a constant batch": (
+        ["timeline.batch_size_multiple=4"],
+        "timeline.batch_size_multiple = 4 rounds timeline.batch_size, but the batch is constant, train.batch_size = 8; "
+        "remove one of them",
+    ),
+    "background checkpoints": (
+        ["checkpoint.async=true"],
+        "checkpoint.async: this version has no checkpoints written in the background yet; remove the key",
+    ),
+    "a pipeline schedule": (
+        ["parallel.schedule=1f1b"],
+        "parallel.schedule: this version has no pipeline schedules yet; remove the key",
+    ),
+    "recomputation": (
+        ["parallel.recompute=true"],
+        "parallel.recompute: this version has no recomputation of activations yet; remove the key",
+    ),
+    "negative peak": (
+        ["logging.peak_tflops=-1"],
+        "logging.peak_tflops = -1.0 must not be negative; 0 takes the known figure",
+    ),
     "negative piece": (
         ["timeline.mtp_weight=[{value=-1, until=10}, {value=2}]"],
         "timeline.mtp_weight, piece 1: value = -1.0 must be a finite number, not below 0",
