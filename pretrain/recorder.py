@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import resource
 import sys
 from collections.abc import Mapping
@@ -19,15 +20,19 @@ from pretrain.config import LoggingConfig
 METRICS = "metrics.jsonl"
 Metrics = Mapping[str, Any]
 
-# Dense bf16 peaks in TFLOP/s by the vendor's datasheets.
-_PEAK_TFLOPS = {"H100": 989.4, "H200": 989.4, "A100": 312.0}
+# Dense bf16 peaks in TFLOP/s by the vendor's datasheets. PCIe and NVL boards of the H100 and H200, and parts of a
+# divided GPU, are slower.
+_PEAK_TFLOPS = {r"NVIDIA H100 \d+GB HBM3|NVIDIA H200": 989.4, r"NVIDIA A100[- ][\w -]+": 312.0}
 
 
 class Recorder:
     """Writes the records of a run that goes on after `step` steps; the metrics of later steps are dropped, as they will
-    be computed again. `goal` names the metric that says how far the run is, and its value at the end."""
+    be computed again. `goal` names the metric that says how far the run is, `step` or `tokens` (of which so many have
+    been seen), and its value at the end."""
 
-    def __init__(self, folder: Path, config: LoggingConfig, *, step: int, goal: tuple[str, int | None]) -> None:
+    def __init__(
+        self, folder: Path, config: LoggingConfig, *, step: int, goal: tuple[str, int | None], tokens: int = 0
+    ) -> None:
         self._config = config
         folder.mkdir(parents=True, exist_ok=True)
         drop_later_metrics(folder / METRICS, step)
@@ -35,7 +40,9 @@ class Recorder:
         self._metrics = self._open.enter_context(open(folder / METRICS, "a", encoding="utf-8"))
         self._log = self._open.enter_context(open(folder / "log.txt", "a", encoding="utf-8"))
         self._board = _open_board(folder, step) if config.tensorboard else None
-        self._progress = _ProgressLine(*goal) if sys.stderr.isatty() else None
+        self._progress = (
+            _ProgressLine(*goal, done={"step": step, "tokens": tokens}[goal[0]]) if sys.stderr.isatty() else None
+        )
         if self._board:
             self._open.callback(self._board.close)
         if self._progress:
@@ -92,7 +99,7 @@ class SilentRecorder(Recorder):
 class _ProgressLine:
     """`rich`'s progress bar."""
 
-    def __init__(self, metric: str, total: int | None) -> None:
+    def __init__(self, metric: str, total: int | None, *, done: int) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -100,7 +107,7 @@ class _ProgressLine:
             TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=Console(stderr=True)
         )
         self._metric = metric
-        self._task = self._progress.add_task("starting", total=total)
+        self._task = self._progress.add_task("starting", total=total, completed=done)
         self._progress.start()
 
     def update(self, metrics: Metrics, line: str) -> None:
@@ -142,14 +149,14 @@ def drop_later_metrics(path: Path, step: int) -> None:
     write_atomically(path, b"".join(kept))
 
 
-def peak_tflops(config: LoggingConfig, device: torch.device) -> float | None:
-    """What one device can do, None where nobody knows."""
+def peak_tflops(config: LoggingConfig, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> float | None:
+    """What one device can do in a dtype, None where nobody knows."""
     if config.peak_tflops:
         return config.peak_tflops
-    if device.type != "cuda":
+    if device.type != "cuda" or dtype != torch.bfloat16:
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in _PEAK_TFLOPS.items() if key in name), None)
+    return next((peak for names, peak in _PEAK_TFLOPS.items() if re.fullmatch(names, name)), None)
 
 
 def max_memory_gib(device: torch.device) -> float:

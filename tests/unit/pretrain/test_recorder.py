@@ -2,10 +2,14 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 from pretrain.config import LoggingConfig
-from pretrain.recorder import Recorder, drop_later_metrics
+from pretrain.recorder import Recorder, drop_later_metrics, peak_tflops
 
 
 def step_metrics(step: int, **more: object) -> dict[str, object]:
@@ -49,3 +53,37 @@ def test_log_and_tensorboard_exist(tmp_path: Path, capsys) -> None:
     assert (tmp_path / "log.txt").read_text().count("step") == 3
     assert list((tmp_path / "tensorboard").iterdir())
     assert "loss 1.2500" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("goal", "done"), [(("step", 10), 6), (("tokens", 80), 48)])
+def test_a_resumed_run_shows_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, goal: tuple[str, int], done: int
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with Recorder(tmp_path, LoggingConfig(tensorboard=False), step=6, tokens=48, goal=goal) as recorder:
+        assert recorder._progress is not None
+        (task,) = recorder._progress._progress.tasks
+        assert (task.completed, task.total) == (done, goal[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA H200 NVL", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA A100 80GB PCIe", 312.0),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+    ],
+)
+def test_peaks_are_those_of_the_part_in_bf16(monkeypatch: pytest.MonkeyPatch, name: str, peak: float | None) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    device = torch.device("cuda")
+    assert peak_tflops(LoggingConfig(), device, torch.bfloat16) == peak
+    assert peak_tflops(LoggingConfig(), device, torch.float32) is None
+    assert peak_tflops(LoggingConfig(peak_tflops=60.0), device, torch.float32) == 60.0
+    assert peak_tflops(LoggingConfig(), torch.device("cpu"), torch.bfloat16) is None
