@@ -1,14 +1,16 @@
 """The command line: `python -m pretrain COMMAND`."""
 
 import argparse
+import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
-DONE = 0
-USER_MISTAKE = 2
-INTERRUPTED = 130
+from pretrain.errors import DONE, INTERRUPTED, USER_MISTAKE
+
+Number = TypeVar("Number", int, float)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,8 +78,13 @@ def _add_train_and_plan(commands: "argparse._SubParsersAction[argparse.ArgumentP
         "python -m pretrain plan configs/dsv3_2b.toml --world-size 8 --device-memory 80",
     )
     _add_config(plan)
-    plan.add_argument("--world-size", type=int, default=1, metavar="N", help="number of ranks (default: 1)")
-    plan.add_argument("--device-memory", type=float, metavar="GIB", help="memory of a device; exit 2 if it cannot fit")
+    plan.add_argument("--world-size", type=_whole(1), default=1, metavar="N", help="number of ranks (default: 1)")
+    plan.add_argument(
+        "--device-memory",
+        type=_number(float, lambda value: 0 < value < math.inf, "a number above 0"),
+        metavar="GIB",
+        help="memory of a device; exit 2 if it cannot fit",
+    )
     report = _add(commands, "report", "write RUN/report.html, a page of plots", "python -m pretrain report runs/tiny")
     report.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
 
@@ -113,9 +120,12 @@ def _add_inference(commands: "argparse._SubParsersAction[argparse.ArgumentParser
     evaluate.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     evaluate.add_argument("--data", type=Path, required=True, action="append", metavar="DIR", help="a dataset folder")
     evaluate.add_argument("--baselines", action="store_true", help="also count n-grams of the training tokens")
-    evaluate.add_argument("--samples", type=int, metavar="N", help="score at most N sequences (default: all)")
+    evaluate.add_argument("--samples", type=_whole(1), metavar="N", help="score at most N sequences (default: all)")
     evaluate.add_argument(
-        "--micro-batch-size", type=int, default=4, metavar="N", help="sequences at a time (default: 4)"
+        "--seq-len", type=_whole(1), metavar="N", help="tokens of a sequence (default: the checkpoint's context length)"
+    )
+    evaluate.add_argument(
+        "--micro-batch-size", type=_whole(1), default=4, metavar="N", help="sequences at a time (default: 4)"
     )
     evaluate.set_defaults(function="evaluate")
     generate = _add(
@@ -126,10 +136,22 @@ def _add_inference(commands: "argparse._SubParsersAction[argparse.ArgumentParser
     )
     generate.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     generate.add_argument("--prompt", required=True, metavar="TEXT")
-    generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="(default: 128)")
-    generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the best (default)")
-    generate.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from this mass (default: 1)")
-    generate.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default: 0)")
+    generate.add_argument("--max-new-tokens", type=_whole(1), default=128, metavar="N", help="(default: 128)")
+    generate.add_argument(
+        "--temperature",
+        type=_number(float, lambda value: 0 <= value < math.inf, "a finite number, not below 0"),
+        default=0.0,
+        metavar="T",
+        help="0 takes the best (default)",
+    )
+    generate.add_argument(
+        "--top-p",
+        type=_number(float, lambda value: 0 < value <= 1, "a number above 0 and up to 1"),
+        default=1.0,
+        metavar="P",
+        help="draw from this mass (default: 1)",
+    )
+    generate.add_argument("--seed", type=_whole(0), default=0, metavar="N", help="of the draws (default: 0)")
     generate.add_argument("--decompress", action="store_true", help="attend to decompressed keys, not in latent space")
     generate.set_defaults(function="generate_text")
 
@@ -142,6 +164,26 @@ def _add(
     )
     parser.set_defaults(function=name)
     return parser
+
+
+def _whole(lowest: int) -> Callable[[str], int]:
+    """The type of an argument that is a whole number from `lowest` on."""
+    return _number(int, lambda value: lowest <= value < 1 << 63, f"a whole number, at least {lowest}")
+
+
+def _number(convert: Callable[[str], Number], is_right: Callable[[Number], bool], rule: str) -> Callable[[str], Number]:
+    """The type of an argument that must follow a rule."""
+
+    def parse(text: str) -> Number:
+        try:
+            value = convert(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} must be {rule}") from None
+        if not is_right(value):
+            raise argparse.ArgumentTypeError(f"{text} must be {rule}")
+        return value
+
+    return parse
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:

@@ -9,10 +9,7 @@ from model.generate import generate
 from parallel.launch import Place, find_place, join_processes, leave_processes
 from parallel.zero import load_deepspeed
 from pretrain.config import check_layout, load_config
-from pretrain.errors import UserError
-
-DONE = 0
-STOPPED_EARLY = 75
+from pretrain.errors import DONE, STOPPED_EARLY, UserError
 
 
 def train(arguments: Namespace) -> int:
@@ -95,6 +92,7 @@ def evaluate(arguments: Namespace) -> int:
             folders=arguments.data,
             baselines=arguments.baselines,
             limit=arguments.samples,
+            seq_len=arguments.seq_len,
             micro_batch_size=arguments.micro_batch_size,
         )
     return DONE

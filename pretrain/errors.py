@@ -1,4 +1,9 @@
-"""What ends a command with exit status 2: a mistake that the user can mend."""
+"""How a command ends: its exit statuses, and the mistakes that a user can mend, which end it with `USER_MISTAKE`."""
+
+DONE = 0
+USER_MISTAKE = 2
+STOPPED_EARLY = 75
+INTERRUPTED = 130
 
 
 class UserError(ValueError):

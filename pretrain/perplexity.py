@@ -9,7 +9,9 @@ from rich.table import Table
 
 from data.dataset import open_dataset
 from data.ngram import ngram_entropies
+from model.config import ModelConfig
 from parallel.launch import Place
+from pretrain.errors import UserError
 from pretrain.evaluate import HeldOut, open_samples
 from pretrain.weights import open_weights
 
@@ -21,15 +23,22 @@ def print_perplexity(
     folders: list[Path],
     baselines: bool,
     limit: int | None,
+    seq_len: int | None,
     micro_batch_size: int,
 ) -> None:
-    """Scores the held-out split of each dataset and prints a table; `baselines` adds n-gram models of its training
-    tokens, scored on the same held-out tokens."""
+    """Scores the held-out split of each dataset, in sequences of the checkpoint's context length or of `seq_len`, and
+    prints a table; `baselines` adds n-gram models of its training tokens, scored on the same held-out tokens."""
     weights = open_weights(checkpoint)
+    seq_len = weights.context_length if seq_len is None else seq_len
     model = weights.build(place.device, torch.bfloat16 if place.device.type == "cuda" else torch.float32)
     for folder in folders:
+        _check_length(folder, weights.config, seq_len)
         samples = open_samples(
-            folder, weights.config, seq_len=weights.context_length, limit=limit, cross_document_attention=True
+            folder,
+            weights.config,
+            seq_len=seq_len,
+            limit=limit,
+            cross_document_attention=weights.cross_document_attention,
         )
         loss = HeldOut((samples,)).loss(model, place, micro_batch_size)
         rows = [(f"{weights.reader.folder.name}", loss)]
@@ -37,9 +46,20 @@ def print_perplexity(
             train = open_dataset(folder, "train", vocab_size=weights.config.vocab_size)
             entropies = ngram_entropies(train, samples)
             rows += [("interpolated bigram", entropies.bigram), ("unigram", entropies.unigram)]
-        _print_table(folder, len(samples) * weights.context_length, rows)
+        _print_table(folder, len(samples) * seq_len, rows)
         if baselines:
             print(_verdict(loss, best_count=min(entropies.bigram, entropies.unigram)))
+
+
+def _check_length(folder: Path, model: ModelConfig, seq_len: int) -> None:
+    """Raises UserError where no sequence of that length can be scored."""
+    depth = model.num_nextn_predict_layers
+    longest = open_dataset(folder, "validation", vocab_size=model.vocab_size).num_tokens - 1 - depth
+    if not depth < seq_len <= longest:
+        raise UserError(
+            f"sequences of {seq_len} tokens cannot be scored on {folder}: its held-out documents and the model allow "
+            f"{depth + 1} to {longest}; choose with --seq-len, or prepare the dataset with a larger split"
+        )
 
 
 def _verdict(loss: float, *, best_count: float) -> str:

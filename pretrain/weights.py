@@ -10,6 +10,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
+from data.config import DataConfig
 from data.shards import TokenizerEntry
 from data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_entry
 from model.config import ModelConfig
@@ -25,11 +26,13 @@ _FILE_BYTES = 5_000_000_000
 
 @dataclass(frozen=True)
 class Weights:
-    """A checkpoint to read weights from. `context_length` is the sequence length it was trained at."""
+    """A checkpoint to read weights from. `context_length` is the sequence length it was trained at, and
+    `cross_document_attention` whether documents that share a sequence saw each other then."""
 
     reader: CheckpointReader
     config: ModelConfig
     context_length: int
+    cross_document_attention: bool
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter and router bias by name, one at a time, as stored."""
@@ -81,11 +84,18 @@ def open_weights(checkpoint: Path) -> Weights:
     reader = CheckpointReader(of_run[-1] if of_run else checkpoint)
     reader.verify()
     try:
-        table = tomllib.loads(reader.text("config.toml"))["model"]
-        config = TypeAdapter(ModelConfig).validate_python(table)
+        tables = tomllib.loads(reader.text("config.toml"))
+        config = TypeAdapter(ModelConfig).validate_python(tables["model"])
+        # Imported weights have no [data]; the published models saw across documents.
+        data = TypeAdapter(DataConfig).validate_python(tables["data"]) if "data" in tables else None
     except (tomllib.TOMLDecodeError, KeyError, ValidationError) as error:
         raise UserError(f"checkpoint {checkpoint} is damaged: config.toml: {error}") from None
-    return Weights(reader, config, int(reader.manifest.state["context_length"]))
+    return Weights(
+        reader,
+        config,
+        int(reader.manifest.state["context_length"]),
+        data.cross_document_attention if data is not None else True,
+    )
 
 
 def write_weights(

@@ -19,6 +19,7 @@ OVERRIDES = (
     "train.steps=3",
     "train.validate_every=3",
     "train.seq_len=32",
+    "data.cross_document_attention=false",
     "logging.expert_load_every=1",
 )
 
@@ -90,7 +91,18 @@ def test_eval_beside_ngrams(trained: Path) -> None:
     output = run("eval", trained / "tiny", "--data", trained / "data", "--baselines")
     for row in ("step-00000003", "interpolated bigram", "unigram"):
         assert row in output
+    last = json.loads((trained / "tiny" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert f"{last['val_loss']:.4f}" in output
     assert "no dataset at nowhere" in run("eval", trained / "tiny", "--data", "nowhere", expect=2)
+
+
+def test_eval_at_another_length(trained: Path) -> None:
+    evaluate = ("eval", trained / "tiny", "--data", trained / "data")
+    assert " 40 held-out tokens" in f" {run(*evaluate, '--seq-len', 20, '--samples', 2)}"
+    refusal = run(*evaluate, "--seq-len", 163840, expect=2)
+    assert "sequences of 163840 tokens cannot be scored" in refusal
+    assert "choose with --seq-len" in refusal
+    assert "allow 2 to" in run(*evaluate, "--seq-len", 1, expect=2)
 
 
 def test_generate_continues_the_prompt(trained: Path) -> None:
