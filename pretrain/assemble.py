@@ -73,7 +73,7 @@ def assemble(config: Config, place: Place, stream: SampleStream) -> Assembly:
         dtype=DTYPES[config.precision.dtype],
         micro_batch_size=config.train.micro_batch_size,
     )
-    return Assembly(config, place, config.schedule, stream, model, optimizer)
+    return Assembly(config, place, config.full_timeline, stream, model, optimizer)
 
 
 def _check_sizes(config: Config, place: Place) -> None:

@@ -153,7 +153,7 @@ class Config:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     @property
-    def schedule(self) -> Timeline:
+    def full_timeline(self) -> Timeline:
         """The timeline with `[train]`'s sizes where it gives none."""
         return Timeline(self.timeline, self.train.batch_size, self.train.seq_len)
 
@@ -196,12 +196,12 @@ def check_layout(config: Config, world_size: int) -> None:
     share = world_size * config.train.micro_batch_size
     batch = config.timeline.batch_size
     if batch is None:
-        key, sizes = "train.batch_size", [config.schedule.at(0).batch_size]
+        key, sizes = "train.batch_size", [config.full_timeline.at(0).batch_size]
     elif isinstance(batch, tuple) and any(piece.shape != "constant" for piece in batch):
         key, sizes = "timeline.batch_size_multiple", [config.timeline.batch_size_multiple]
     else:
-        tokens = [0, *config.schedule.boundaries()]
-        key, sizes = "timeline.batch_size", [config.schedule.at(seen).batch_size for seen in tokens]
+        tokens = [0, *config.full_timeline.boundaries()]
+        key, sizes = "timeline.batch_size", [config.full_timeline.at(seen).batch_size for seen in tokens]
     for size in sizes:
         if size % share:
             nearest = sorted({max(size // share, 1) * share, (size // share + 1) * share})

@@ -86,7 +86,7 @@ def plan(config: Config, world_size: int) -> Plan:
     if world_size < 1:
         raise UserError(f"--world-size {world_size} must be at least 1")
     check_layout(config, world_size)
-    timeline = config.schedule
+    timeline = config.full_timeline
     steps = list(stretches(timeline, config.train))
     flops = sum(
         training_flops_per_token(config.model, seq_len)
@@ -184,7 +184,7 @@ def _remedy(config: Config, data_ranks: int, limit: float) -> str:
         if train.micro_batch_size % size == 0 and _memory(config, data_ranks, size).peak <= limit:
             return f"train.micro_batch_size = {size} would fit"
     smallest = replace(config, train=replace(train, micro_batch_size=1))
-    most_ranks = config.schedule.at(0).batch_size
+    most_ranks = config.full_timeline.at(0).batch_size
     for ranks in range(data_ranks + 1, most_ranks + 1):
         if _divides(smallest, ranks) and _memory(config, ranks, 1).peak <= limit:
             return f"{ranks} ranks with train.micro_batch_size = 1 would fit"

@@ -112,7 +112,7 @@ def test_a_base_is_merged_table_by_table_and_found_beside_its_heir(run: Path, tm
 def test_pieces_become_a_timeline(run: Path) -> None:
     config = load(run, "timeline.mtp_weight=[{value=0.3, until=10e12}, {value=0.1}]")
     assert config.timeline.mtp_weight == (Piece(value=0.3, until=10e12), Piece(value=0.1))
-    assert config.schedule.at(11_000_000_000_000).mtp_weight == 0.1
+    assert config.full_timeline.at(11_000_000_000_000).mtp_weight == 0.1
 
 
 MISTAKES = {

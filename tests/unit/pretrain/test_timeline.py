@@ -23,7 +23,7 @@ PIECES = (
 
 
 def report() -> Timeline:
-    return load_config(PROJECT / "configs" / "dsv3_671b.toml").schedule
+    return load_config(PROJECT / "configs" / "dsv3_671b.toml").full_timeline
 
 
 @pytest.mark.parametrize(
@@ -204,5 +204,5 @@ def test_the_report_s_warm_up_takes_2000_steps() -> None:
 @pytest.mark.parametrize("name", ["small", "dsv3_2b", "dsv3_16b"])
 def test_the_smaller_models_warm_up_takes_2000_steps_too(name: str) -> None:
     config = load_config(PROJECT / "configs" / f"{name}.toml")
-    first = next(stretches(config.schedule, config.train))
-    assert first.tokens_per_step * 2000 == config.schedule.boundaries()[0]
+    first = next(stretches(config.full_timeline, config.train))
+    assert first.tokens_per_step * 2000 == config.full_timeline.boundaries()[0]
