@@ -83,8 +83,6 @@ class Plan:
 
 def plan(config: Config, world_size: int) -> Plan:
     """Works out a run on `world_size` ranks. Raises UserError where the batch does not divide over them."""
-    if world_size < 1:
-        raise UserError(f"--world-size {world_size} must be at least 1")
     check_layout(config, world_size)
     timeline = config.full_timeline
     steps = list(stretches(timeline, config.train))
