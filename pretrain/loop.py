@@ -11,10 +11,10 @@ from data.loader import BatchLoader, BatchSpec
 from data.stream import SampleStream
 from model.counts import training_flops_per_token
 from parallel.launch import Place
-from pretrain.assemble import Assembly, assemble, failing_together, open_data, verify_data
+from pretrain.assemble import DTYPES, Assembly, assemble, failing_together, open_data, verify_data
 from pretrain.config import Config, TrainConfig, dump_config
 from pretrain.evaluate import HeldOut, open_held_out
-from pretrain.recorder import Recorder, SilentRecorder, max_memory_gib, peak_tflops
+from pretrain.recorder import Goal, Recorder, SilentRecorder, max_memory_gib, peak_tflops
 from pretrain.state import TrainState, first_state, resume, save
 from pretrain.step import StepResult, train_step
 from pretrain.timeline import Timeline, TimelineValues
@@ -68,7 +68,9 @@ def _loop(run: Assembly, state: TrainState, held_out: HeldOut | None, recorder: 
                 batch.spec.batch_size, skipped=result.skipped
             )
             metrics = meter.measure(state, values, result)
-            if held_out and (state.step % train_config.validate_every == 0 or is_finished(train_config, state)):
+            if held_out and (
+                state.step % train_config.validate_every == 0 or train_config.is_end(state.step, state.tokens)
+            ):
                 metrics["val_loss"] = held_out.loss(run.model, run.place, train_config.micro_batch_size)
             recorder.record(metrics)
             if run.config.checkpoint.every and state.step % run.config.checkpoint.every == 0:
@@ -78,14 +80,9 @@ def _loop(run: Assembly, state: TrainState, held_out: HeldOut | None, recorder: 
                 break
     if saved_step != state.step:
         _save(run, state, recorder)
-    finished = is_finished(train_config, state)
+    finished = train_config.is_end(state.step, state.tokens)
     recorder.say("finished" if finished else "stopped as asked; the same command goes on from here")
     return finished
-
-
-def is_finished(config: TrainConfig, state: TrainState) -> bool:
-    """Whether the run has reached its end."""
-    return _is_end(config, state.step, state.tokens)
 
 
 def plan_batches(
@@ -93,7 +90,7 @@ def plan_batches(
 ) -> Iterator[BatchSpec]:
     """The batches from `state` to the end of the run: which samples each takes, at which length."""
     step, tokens, position = state.step, state.tokens, state.position
-    while not _is_end(config, step, tokens):
+    while not config.is_end(step, tokens):
         values = timeline.at(tokens)
         if values.seq_len != position.seq_len:
             position = stream.resized(position, values.seq_len)
@@ -125,7 +122,7 @@ class _Meter:
 
     def __init__(self, run: Assembly) -> None:
         self._run = run
-        self._peak = peak_tflops(run.config.logging, run.place.device)
+        self._peak = peak_tflops(run.config.logging, run.place.device, DTYPES[run.config.precision.dtype])
         self._flops_per_token: dict[int, float] = {}
         self.restart()
 
@@ -169,10 +166,6 @@ class _Meter:
         return metrics
 
 
-def _is_end(config: TrainConfig, step: int, tokens: int) -> bool:
-    return step >= config.steps if config.steps is not None else tokens >= (config.tokens or 0)
-
-
 def _save(run: Assembly, state: TrainState, recorder: Recorder) -> int:
     began = time.perf_counter()
     save(run, state)
@@ -185,10 +178,9 @@ def _open_recorder(run: Assembly, state: TrainState) -> Recorder:
         return SilentRecorder()
     run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / "config.toml").write_text(dump_config(run.config), encoding="utf-8")
-    steps, tokens = run.config.train.steps, run.config.train.tokens
-    return Recorder(
-        run.folder, run.config.logging, step=state.step, goal=("step", steps) if steps else ("tokens", tokens)
-    )
+    train = run.config.train
+    goal = Goal("step", state.step, train.steps) if train.steps else Goal("tokens", state.tokens, train.tokens)
+    return Recorder(run.folder, run.config.logging, step=state.step, goal=goal)
 
 
 def _describe_start(run: Assembly, state: TrainState) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 
@@ -25,14 +25,19 @@ Metrics = Mapping[str, Any]
 _PEAK_TFLOPS = {r"NVIDIA H100 \d+GB HBM3|NVIDIA H200": 989.4, r"NVIDIA A100[- ][\w -]+": 312.0}
 
 
+class Goal(NamedTuple):
+    """How far a run is: the metric that tells, its value now and at the end."""
+
+    metric: str
+    done: int
+    total: int | None
+
+
 class Recorder:
     """Writes the records of a run that goes on after `step` steps; the metrics of later steps are dropped, as they will
-    be computed again. `goal` names the metric that says how far the run is, `step` or `tokens` (of which so many have
-    been seen), and its value at the end."""
+    be computed again."""
 
-    def __init__(
-        self, folder: Path, config: LoggingConfig, *, step: int, goal: tuple[str, int | None], tokens: int = 0
-    ) -> None:
+    def __init__(self, folder: Path, config: LoggingConfig, *, step: int, goal: Goal) -> None:
         self._config = config
         folder.mkdir(parents=True, exist_ok=True)
         drop_later_metrics(folder / METRICS, step)
@@ -40,9 +45,7 @@ class Recorder:
         self._metrics = self._open.enter_context(open(folder / METRICS, "a", encoding="utf-8"))
         self._log = self._open.enter_context(open(folder / "log.txt", "a", encoding="utf-8"))
         self._board = _open_board(folder, step) if config.tensorboard else None
-        self._progress = (
-            _ProgressLine(*goal, done={"step": step, "tokens": tokens}[goal[0]]) if sys.stderr.isatty() else None
-        )
+        self._progress = _ProgressLine(goal) if sys.stderr.isatty() else None
         if self._board:
             self._open.callback(self._board.close)
         if self._progress:
@@ -99,15 +102,15 @@ class SilentRecorder(Recorder):
 class _ProgressLine:
     """`rich`'s progress bar."""
 
-    def __init__(self, metric: str, total: int | None, *, done: int) -> None:
+    def __init__(self, goal: Goal) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=Console(stderr=True)
         )
-        self._metric = metric
-        self._task = self._progress.add_task("starting", total=total, completed=done)
+        self._metric = goal.metric
+        self._task = self._progress.add_task("starting", total=goal.total, completed=goal.done)
         self._progress.start()
 
     def update(self, metrics: Metrics, line: str) -> None:
@@ -149,7 +152,7 @@ def drop_later_metrics(path: Path, step: int) -> None:
     write_atomically(path, b"".join(kept))
 
 
-def peak_tflops(config: LoggingConfig, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> float | None:
+def peak_tflops(config: LoggingConfig, device: torch.device, dtype: torch.dtype) -> float | None:
     """What one device can do in a dtype, None where nobody knows."""
     if config.peak_tflops:
         return config.peak_tflops

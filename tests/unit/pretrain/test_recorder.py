@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pretrain.config import LoggingConfig
-from pretrain.recorder import Recorder, drop_later_metrics, peak_tflops
+from pretrain.recorder import Goal, Recorder, drop_later_metrics, peak_tflops
 
 
 def step_metrics(step: int, **more: object) -> dict[str, object]:
@@ -18,7 +18,7 @@ def step_metrics(step: int, **more: object) -> dict[str, object]:
 
 
 def record(folder: Path, first: int, last: int) -> None:
-    with Recorder(folder, LoggingConfig(every=2), step=first - 1, goal=("step", last)) as recorder:
+    with Recorder(folder, LoggingConfig(every=2), step=first - 1, goal=Goal("step", first - 1, last)) as recorder:
         for step in range(first, last + 1):
             recorder.record(step_metrics(step, first=first))
 
@@ -55,15 +55,15 @@ def test_log_and_tensorboard_exist(tmp_path: Path, capsys) -> None:
     assert "loss 1.2500" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("goal", "done"), [(("step", 10), 6), (("tokens", 80), 48)])
-def test_a_resumed_run_shows_how_far_it_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, goal: tuple[str, int], done: int
-) -> None:
+@pytest.mark.parametrize("goal", [Goal("step", 6, 10), Goal("tokens", 48, 80)])
+def test_a_resumed_run_shows_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, goal: Goal) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with Recorder(tmp_path, LoggingConfig(tensorboard=False), step=6, tokens=48, goal=goal) as recorder:
+    with Recorder(tmp_path, LoggingConfig(tensorboard=False), step=6, goal=goal) as recorder:
         assert recorder._progress is not None
         (task,) = recorder._progress._progress.tasks
-        assert (task.completed, task.total) == (done, goal[1])
+        assert (task.completed, task.total) == (goal.done, goal.total)
+        recorder.record(step_metrics(7))
+        assert task.completed == {"step": 7, "tokens": 56}[goal.metric]
 
 
 @pytest.mark.parametrize(
