@@ -39,7 +39,7 @@ def ngram_entropies(train: TokenDataset, samples: ValidationSamples, *, limit: i
 
     Takes about 100 bytes of memory for each token.
     """
-    shuffled = DocumentStream(train, seed=0).read(0, min(train.num_tokens, limit)).tokens
+    shuffled = DocumentStream(train, seed=0).read(0, min(train.num_tokens, limit))
     return score_ngrams(shuffled.astype(np.int64), samples.next_tokens(), train.tokenizer.vocab_size)
 
 

@@ -18,13 +18,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-import numpy.typing as npt
 
 from data.dataset import TokenDataset
 from data.fim import EXTRA_TOKENS, Count, fim_count, fim_mask, fim_steps
 from data.randomness import permutation, random_bits
 from data.shards import Tokens
-from data.window import Int64s, Pieces, Window, lay_window
+from data.window import Int64s, Pieces, Window, join_pieces, lay_window
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,14 +34,6 @@ class Shuffle:
     window_tokens: int = 1 << 26
     window_documents: int = 1 << 20
     sample_tokens: int = 1 << 24
-
-
-@dataclass(frozen=True)
-class Run:
-    """Ranges of a stream's tokens, and for each token its document, numbered from 0 in each range, if asked."""
-
-    tokens: Tokens
-    documents: npt.NDArray[np.int32] | None
 
 
 @dataclass(frozen=True)
@@ -121,37 +112,23 @@ class DocumentStream:
         self._group = lru_cache(maxsize=2)(self._lay_group)
         self._window = lru_cache(maxsize=4)(self._lay_window)
 
-    def read(self, start: int, count: int, *, with_documents: bool = False) -> Run:
+    def read(self, start: int, count: int) -> Tokens:
         """Tokens `start` to `start + count` of the stream, count >= 1."""
-        run = self.gather(np.array([start]), count, with_documents=with_documents)
-        return Run(run.tokens[0], None if run.documents is None else run.documents[0])
+        return self.cut(np.array([0]), np.array([start]), count).read()
 
-    def gather(self, starts: Int64s, count: int, *, with_documents: bool = False) -> Run:
-        """Ranges of `count` >= 1 tokens from each of `starts` [R] on; the run has shape [R, count]."""
-        arrays, pieces = self._cut(starts, starts + count)
-        places = zip(
-            pieces.sources.tolist(), pieces.begins.tolist(), (pieces.begins + pieces.lengths).tolist(), strict=True
-        )
-        tokens = np.concatenate([arrays[source][begin:end] for source, begin, end in places])
-        return Run(tokens.reshape(-1, count), _number_documents(pieces, count) if with_documents else None)
-
-    def _cut(self, starts: Int64s, stops: Int64s) -> tuple[list[Tokens], Pieces]:
-        """Slices whose concatenation is the ranges [R] of the stream, one after another."""
-        arrays: list[Tokens] = []
+    def cut(self, ranges: Int64s, starts: Int64s, count: int) -> Pieces:
+        """The pieces of ranges of `count` >= 1 tokens from each of `starts` [R] on; `ranges` [R] are their numbers."""
         parts: list[Pieces] = []
-        while len(rest := np.flatnonzero(starts < stops)):
-            window = self._window_at(int(starts[rest].min()))
-            inside = rest[starts[rest] < window.end]
-            edges = np.minimum(stops[inside], window.end)
-            part = window.cut(starts[inside], edges)
-            parts.append(part._replace(ranges=inside[part.ranges], sources=part.sources + len(arrays)))
-            arrays += window.arrays
-            starts = starts.copy()
-            starts[inside] = edges
-        if len(parts) == 1:
-            return arrays, parts[0]
-        order = np.argsort(np.concatenate([part.ranges for part in parts]), kind="stable")
-        return arrays, Pieces(*(np.concatenate(columns)[order] for columns in zip(*parts, strict=True)))
+        stops = starts + count
+        while len(starts):
+            window = self._window_at(int(starts.min()))
+            begun = starts < window.end
+            edges = np.minimum(stops, window.end)
+            parts.append(window.cut(ranges[begun], starts[begun], edges[begun]))
+            starts = np.where(begun, edges, starts)
+            rest = starts < stops
+            ranges, starts, stops = ranges[rest], starts[rest], stops[rest]
+        return join_pieces(parts)
 
     def epoch_start(self, epoch: int) -> int:
         """The offset in the stream at which an epoch begins."""
@@ -218,13 +195,6 @@ class DocumentStream:
             start=int(around.starts[window]),
             first_document=first_document,
         )
-
-
-def _number_documents(pieces: Pieces, count: int) -> npt.NDArray[np.int32]:
-    """The documents of each range of `count` tokens, numbered from 0 [R, count]."""
-    firsts = np.flatnonzero(np.diff(pieces.ranges, prepend=-1))
-    numbers = pieces.document_numbers - pieces.document_numbers[firsts][pieces.ranges]
-    return np.repeat(numbers.astype(np.int32), pieces.lengths).reshape(-1, count)
 
 
 def _before(counts: Int64s) -> Int64s:

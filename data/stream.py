@@ -27,6 +27,7 @@ from data.errors import DataError
 from data.mixture import Mixture
 from data.order import DocumentStream, Shuffle
 from data.randomness import permutation
+from data.window import Pieces, join_pieces
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ class SampleStream:
     ) -> None:
         check_same_tokenizer(datasets)
         shuffle = shuffle or Shuffle()
-        self._seed, self._shuffle = seed, shuffle
+        self._seed = seed
+        self._window_tokens = np.minimum([dataset.num_tokens for dataset in datasets], shuffle.sample_tokens)
         self.datasets = tuple(datasets)
         self.extra = extra
         self.fingerprint = _fingerprint(datasets, config, seed, shuffle)
@@ -121,12 +123,13 @@ class SampleStream:
         first, seq_len = position.sample + start, position.seq_len
         chosen = self._mixture.datasets(first, count)
         used = self._used(position, first)
-        samples = _empty_samples(count, seq_len + self.extra, self._with_documents)
-        for number in np.unique(chosen).tolist():
+        parts = []
+        for number, stream in enumerate(self._streams):
             rows = np.flatnonzero(chosen == number)
-            shuffled = self._shuffled(number, int(used[number]), len(rows), seq_len)
-            _fill(samples, rows, self._streams[number], position.origin[number] + shuffled * seq_len)
-        return samples
+            if len(rows):
+                shuffled = self._shuffled(number, int(used[number]), len(rows), seq_len)
+                parts.append(stream.cut(rows, position.origin[number] + shuffled * seq_len, seq_len + self.extra))
+        return _read_samples(join_pieces(parts), count, self._with_documents)
 
     def verify(
         self, part: int = 0, num_parts: int = 1, progress: Callable[[int, int], None] = lambda done, total: None
@@ -141,8 +144,7 @@ class SampleStream:
 
     def _window_sizes(self, seq_len: int) -> npt.NDArray[np.int64]:
         """Samples in a window of each dataset [D]; at most an epoch, so that only neighbouring epochs mix."""
-        tokens = np.minimum([dataset.num_tokens for dataset in self.datasets], self._shuffle.sample_tokens)
-        return np.maximum(tokens // seq_len, 1)
+        return np.maximum(self._window_tokens // seq_len, 1)
 
     def _shuffled(self, number: int, start: int, count: int, seq_len: int) -> npt.NDArray[np.int64]:
         """Which samples of a dataset are its `start`-th to `start + count`-th in the shuffled order [count]."""
@@ -187,14 +189,13 @@ class ValidationSamples:
 
     def next_tokens(self) -> npt.NDArray[np.int64]:
         """All samples as one text [len * seq_len + 1], whose tokens after the first are the next-token targets."""
-        return self._stream.read(0, self._length * self._seq_len + 1).tokens.astype(np.int64)
+        return self._stream.read(0, self._length * self._seq_len + 1).astype(np.int64)
 
     def read(self, start: int, count: int) -> Samples:
         """Samples `start` to `start + count`, both within the length, count >= 1."""
-        samples = _empty_samples(count, self._seq_len + self._extra, self._with_documents)
         rows = np.arange(count)
-        _fill(samples, rows, self._stream, (start + rows) * self._seq_len)
-        return samples
+        pieces = self._stream.cut(rows, (start + rows) * self._seq_len, self._seq_len + self._extra)
+        return _read_samples(pieces, count, self._with_documents)
 
 
 def open_stream(config: DataConfig, *, seed: int, extra: int, vocab_size: int) -> SampleStream:
@@ -206,17 +207,10 @@ def open_stream(config: DataConfig, *, seed: int, extra: int, vocab_size: int) -
     return SampleStream(datasets, config, seed=seed, extra=extra)
 
 
-def _empty_samples(count: int, width: int, with_documents: bool) -> Samples:
-    documents = np.empty((count, width), np.int32) if with_documents else None
-    return Samples(np.empty((count, width), np.int64), documents)
-
-
-def _fill(samples: Samples, rows: npt.NDArray[np.int64], stream: DocumentStream, starts: npt.NDArray[np.int64]) -> None:
-    """Writes the samples of a stream that begin at `starts` into the given rows."""
-    run = stream.gather(starts, samples.tokens.shape[1], with_documents=samples.documents is not None)
-    samples.tokens[rows] = run.tokens
-    if samples.documents is not None and run.documents is not None:
-        samples.documents[rows] = run.documents
+def _read_samples(pieces: Pieces, count: int, with_documents: bool) -> Samples:
+    """Samples whose tokens are `count` ranges of one length."""
+    tokens = pieces.read().astype(np.int64).reshape(count, -1)
+    return Samples(tokens, pieces.number_documents().reshape(count, -1) if with_documents else None)
 
 
 def _fingerprint(datasets: Sequence[TokenDataset], config: DataConfig, seed: int, shuffle: Shuffle) -> str:

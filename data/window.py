@@ -4,8 +4,8 @@ An ordinary document is one piece, a fill-in-the-middle document seven, three of
 all that is made when a window is reached; tokens are copied when they are read.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,43 +14,76 @@ from data.fim import NUM_PIECES, Int64s, fim_pieces
 from data.shards import Tokens
 
 
-class Pieces(NamedTuple):
-    """Slices of arrays: for each, the range that it is part of, which array, where, how long, of which document."""
+@dataclass(frozen=True)
+class Pieces:
+    """Slices whose concatenation is R ranges of tokens, one after another.
 
+    Slice i is `arrays[sources[i]][begins[i] : begins[i] + lengths[i]]`, a part of range `ranges[i]` and of document
+    `documents[i]`, counted from the start of a stream.
+    """
+
+    arrays: tuple[Tokens, ...]
     ranges: Int64s
     sources: Int64s
     begins: Int64s
     lengths: Int64s
-    document_numbers: Int64s
+    documents: Int64s
+
+    def read(self) -> Tokens:
+        """Copies the tokens of all ranges."""
+        ends = self.begins + self.lengths
+        places = zip(self.sources.tolist(), self.begins.tolist(), ends.tolist(), strict=True)
+        return np.concatenate([self.arrays[source][begin:end] for source, begin, end in places])
+
+    def number_documents(self) -> npt.NDArray[np.int32]:
+        """The document of every token, counted from 0 in each range."""
+        firsts = np.searchsorted(self.ranges, self.ranges)
+        return np.repeat((self.documents - self.documents[firsts]).astype(np.int32), self.lengths)
+
+
+def join_pieces(parts: Sequence[Pieces]) -> Pieces:
+    """The ranges of all parts. A range may be in several; then its later pieces are in later parts."""
+    if len(parts) == 1:
+        return parts[0]
+    order = np.argsort(np.concatenate([part.ranges for part in parts]), kind="stable")
+    num_arrays = np.cumsum([0] + [len(part.arrays) for part in parts])
+    return Pieces(
+        tuple(array for part in parts for array in part.arrays),
+        np.concatenate([part.ranges for part in parts])[order],
+        np.concatenate([part.sources + before for part, before in zip(parts, num_arrays, strict=False)])[order],
+        np.concatenate([part.begins for part in parts])[order],
+        np.concatenate([part.lengths for part in parts])[order],
+        np.concatenate([part.documents for part in parts])[order],
+    )
 
 
 @dataclass(frozen=True)
 class Window:
     """P pieces: piece i begins at `begins[i]` of `arrays[sources[i]]`, and fills the stream from `offsets[i]` to
-    `offsets[i + 1]`. `document_numbers` [P] counts documents from the start of the stream."""
+    `offsets[i + 1]`. `documents` [P] counts documents from the start of the stream."""
 
     arrays: tuple[Tokens, ...]
     sources: Int64s
     begins: Int64s
     offsets: Int64s
-    document_numbers: Int64s
+    documents: Int64s
 
     @property
     def end(self) -> int:
         """The offset in the stream past the last piece."""
         return int(self.offsets[-1])
 
-    def cut(self, starts: Int64s, stops: Int64s) -> Pieces:
-        """The pieces of ranges [R] of the stream that lie in this window, range after range."""
+    def cut(self, ranges: Int64s, starts: Int64s, stops: Int64s) -> Pieces:
+        """The pieces of ranges [R] of the stream that lie in this window; `ranges` [R] are their numbers."""
         firsts = np.searchsorted(self.offsets, starts, "right") - 1
         counts = np.searchsorted(self.offsets, stops, "left") - firsts
-        ranges = np.repeat(np.arange(len(starts)), counts)
-        found = np.arange(len(ranges)) + np.repeat(firsts - (np.cumsum(counts) - counts), counts)
+        owners = np.repeat(np.arange(len(starts)), counts)
+        found = np.arange(len(owners)) + (firsts - np.cumsum(counts) + counts)[owners]
         offsets = self.offsets[found]
-        edges = np.maximum(offsets, starts[ranges])
-        lengths = np.minimum(self.offsets[found + 1], stops[ranges]) - edges
+        edges = np.maximum(offsets, starts[owners])
+        lengths = np.minimum(self.offsets[found + 1], stops[owners]) - edges
         begins = self.begins[found] + edges - offsets
-        return Pieces(ranges, self.sources[found], begins, lengths, self.document_numbers[found])
+        return Pieces(self.arrays, ranges[owners], self.sources[found], begins, lengths, self.documents[found])
 
 
 def lay_window(

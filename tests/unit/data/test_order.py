@@ -95,11 +95,11 @@ def test_any_run_is_that_of_the_reference(
         for _ in range(4):
             start = data.draw(st.integers(0, len(expected) - 1))
             count = data.draw(st.integers(1, len(expected) - start))
-            run = stream.read(start, count, with_documents=True)
-            assert run.tokens.dtype == dtype
-            assert run.tokens.tolist() == expected[start : start + count]
-            assert run.documents is not None
-            assert run.documents.tolist() == [number - numbers[start] for number in numbers[start : start + count]]
+            tokens = stream.read(start, count)
+            assert tokens.dtype == dtype
+            assert tokens.tolist() == expected[start : start + count]
+            documents = stream.cut(np.array([0]), np.array([start]), count).number_documents()
+            assert documents.tolist() == [number - numbers[start] for number in numbers[start : start + count]]
     assert starts == [0, *np.cumsum([sum(map(len, epoch)) for epoch in epochs])]
 
 
@@ -112,7 +112,7 @@ def test_every_epoch_holds_every_document_once(
     with tempfile.TemporaryDirectory() as folder:
         stream = DocumentStream(make_dataset(Path(folder), shards), seed=1, fim_rate=rate, shuffle=shuffle)
         start, end = stream.epoch_start(epoch), stream.epoch_start(epoch + 1)
-        found = split_documents(stream.read(start, end - start).tokens.tolist())
+        found = split_documents(stream.read(start, end - start).tolist())
     rewritten = sum(document[0] == FIM_BEGIN for document in found)
     assert abs(rewritten - rate * len(found)) < 1.01
     assert Counter(map(tuple, map(undo_fim, found))) == Counter(
@@ -123,11 +123,11 @@ def test_every_epoch_holds_every_document_once(
 def test_a_small_dataset_is_shuffled_fully(tmp_path: Path) -> None:
     shards = documents_of([[2] * 500, [2] * 500])
     stream = DocumentStream(make_dataset(tmp_path, shards), seed=1)
-    places = (stream.read(0, 2000).tokens[::2] - FIRST_TOKEN).astype(int)
+    places = (stream.read(0, 2000)[::2] - FIRST_TOKEN).astype(int)
     assert sorted(places) == list(range(1000))
     # The rank correlation of a random order of 1000 has standard deviation 0.03.
     assert abs(np.corrcoef(places, np.arange(1000))[0, 1]) < 0.15
-    next_epoch = (stream.read(2000, 2000).tokens[::2] - FIRST_TOKEN).astype(int)
+    next_epoch = (stream.read(2000, 2000)[::2] - FIRST_TOKEN).astype(int)
     assert abs(np.corrcoef(places, next_epoch)[0, 1]) < 0.15
 
 
@@ -135,7 +135,7 @@ def test_a_window_reads_few_long_slices_from_all_over_its_group(tmp_path: Path) 
     shards = documents_of([[2] * 500] * 8)
     shuffle = Shuffle(group_shards=4, window_tokens=400)
     stream = DocumentStream(make_dataset(tmp_path, shards), seed=1, shuffle=shuffle)
-    window = np.sort(stream.read(0, 400).tokens[::2] - FIRST_TOKEN).astype(int)
+    window = np.sort(stream.read(0, 400)[::2] - FIRST_TOKEN).astype(int)
     assert len(set(window // 500)) == 4
     slices = np.split(window, np.flatnonzero(np.diff(window) != 1) + 1)
     assert len(slices) <= 4
@@ -145,7 +145,7 @@ def test_a_window_reads_few_long_slices_from_all_over_its_group(tmp_path: Path) 
 def test_each_seed_and_dataset_has_an_order_of_its_own(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path, documents_of([[2] * 200]))
     orders = {
-        tuple(DocumentStream(dataset, seed=seed, number=number).read(0, 400).tokens.tolist())
+        tuple(DocumentStream(dataset, seed=seed, number=number).read(0, 400).tolist())
         for seed, number in ((0, 0), (1, 0), (0, 1), (1, 1))
     }
     assert len(orders) == 4
