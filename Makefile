@@ -27,8 +27,7 @@ demo: $(READY)
 	$(BIN)/torchrun --nproc-per-node 2 -m pretrain train configs/tiny.toml \
 	    --set run.dir=$(DEMO) --set 'data.datasets=[{ path = "$(DEMO_DATA)" }]'
 	$(BIN)/python -m pretrain eval $(DEMO)/tiny --data $(DEMO_DATA) --baselines
-	$(BIN)/python -m pretrain generate $(DEMO)/tiny --max-new-tokens 96 --temperature 0.6 \
-	    --prompt 'def read_config(path, encoding="utf-8"):'
+	$(BIN)/python -m pretrain generate $(DEMO)/tiny --max-new-tokens 64 --prompt '    def __init__(self, name, value):'
 	$(BIN)/python -m pretrain report $(DEMO)/tiny
 	@echo
 	@echo "corpus and tokenizer  $(DEMO_DATA)"
