@@ -31,8 +31,8 @@ class DataConfig:
 
     `fim_rate` is the share of documents rewritten for fill-in-the-middle, before packing. With
     `cross_document_attention` false, attention stays within each document of a packed sample. `prefetch` is the number
-    of batches prepared ahead of the training step. `verify` compares every shard with its checksum before the first
-    step, each data-parallel rank reading its share.
+    of batches that a thread reads ahead of the training step; with 0 the step reads its batch itself. `verify` compares
+    every shard with its checksum before the first step, each data-parallel rank reading its share.
     """
 
     datasets: tuple[DatasetConfig, ...]
@@ -52,5 +52,5 @@ class DataConfig:
                 raise ValueError(f"data.datasets lists {path} twice; list it once, with the sum of the weights")
         if not 0 <= self.fim_rate <= 1:
             raise ValueError(f"data.fim_rate = {self.fim_rate} must lie between 0 and 1; the report uses 0.1")
-        if self.prefetch < 1:
-            raise ValueError(f"data.prefetch = {self.prefetch} must be at least 1 batch; the default is 4")
+        if self.prefetch < 0:
+            raise ValueError(f"data.prefetch = {self.prefetch} must be a number of batches; 0 reads none ahead")

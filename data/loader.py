@@ -38,7 +38,8 @@ class Batch:
 
 
 class BatchLoader:
-    """Iterates the batches of `specs`, `prefetch` of them read ahead in a thread. Close it, or use it in `with`.
+    """Iterates the batches of `specs`, `prefetch` of them read ahead in a thread, or each when asked for if that is 0.
+    Close it, or use it in `with`.
 
     Of each global batch, rank r of `dp_size` gets the r-th run of consecutive samples. What goes wrong while reading a
     batch is raised when that batch is asked for. `pin_memory` makes batches page-locked where CUDA is present.
@@ -66,6 +67,8 @@ class BatchLoader:
         return self
 
     def __next__(self) -> Batch:
+        if not self._prefetch:
+            return self._read(next(self._specs))
         self._read_ahead()
         if not self._pending:
             raise StopIteration

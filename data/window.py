@@ -31,9 +31,9 @@ class Pieces:
 
     def read(self) -> Tokens:
         """Copies the tokens of all ranges."""
-        ends = self.begins + self.lengths
-        places = zip(self.sources.tolist(), self.begins.tolist(), ends.tolist(), strict=True)
-        return np.concatenate([self.arrays[source][begin:end] for source, begin, end in places])
+        arrays = map(self.arrays.__getitem__, self.sources.tolist())
+        slices = map(slice, self.begins.tolist(), (self.begins + self.lengths).tolist())
+        return np.concatenate(list(map(np.ndarray.__getitem__, arrays, slices)))
 
     def number_documents(self) -> npt.NDArray[np.int32]:
         """The document of every token, counted from 0 in each range."""

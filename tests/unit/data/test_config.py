@@ -14,7 +14,7 @@ CODE = DatasetConfig(path="code")
         ({"datasets": (CODE, CODE)}, r"data\.datasets lists code twice; list it once"),
         ({"fim_rate": 1.5}, r"data\.fim_rate = 1\.5 must lie between 0 and 1; the report uses 0\.1"),
         ({"fim_rate": float("nan")}, r"data\.fim_rate = nan must lie between 0 and 1"),
-        ({"prefetch": 0}, r"data\.prefetch = 0 must be at least 1 batch"),
+        ({"prefetch": -1}, r"data\.prefetch = -1 must be a number of batches; 0 reads none ahead"),
     ],
 )
 def test_data_mistakes(values: dict[str, object], message: str) -> None:

@@ -97,12 +97,18 @@ def test_the_hash_catches_interleaved_ranks(datasets: list[TokenDataset], expect
 
 
 @settings(max_examples=25, deadline=None)
-@given(stop=st.integers(1, 39), sizes=st.lists(st.integers(1, 9), min_size=1, max_size=4))
-def test_a_resume_at_any_sample_goes_on(datasets: list[TokenDataset], stop: int, sizes: list[int]) -> None:
+@given(
+    stop=st.integers(1, 39),
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    prefetch=st.sampled_from([0, 1, 4]),
+)
+def test_a_resume_at_any_sample_goes_on(
+    datasets: list[TokenDataset], stop: int, sizes: list[int], prefetch: int
+) -> None:
     straight = make_stream(datasets).read(DataPosition(0, SEQ_LEN, (0, 0)), 0, stop + sum(sizes))
     position = DataPosition.from_json(DataPosition(0, SEQ_LEN, (0, 0)).advanced(stop).to_json())
     specs = [replace(spec, position=position.advanced(spec.position.sample)) for spec in make_specs(sizes)]
-    with BatchLoader(make_stream(datasets), specs) as loader:
+    with BatchLoader(make_stream(datasets), specs, prefetch=prefetch) as loader:
         resumed = torch.cat([batch.tokens for batch in loader])
     assert torch.equal(resumed, torch.from_numpy(straight.tokens[stop:]))
 
