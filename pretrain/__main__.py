@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 from typing import TypeVar
 
 from pretrain.errors import DONE, INTERRUPTED, USER_MISTAKE
@@ -193,5 +194,14 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def exit_now(status: int) -> NoReturn:
+    """Ends the process without the interpreter's shutdown, in which torch's communication threads, which may still hold
+    tensors, now and then abort a process that has done all its work."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_now(main())
