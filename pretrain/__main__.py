@@ -1,13 +1,13 @@
 """The command line: `python -m pretrain COMMAND`."""
 
 import argparse
+import contextlib
 import math
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from pretrain.errors import DONE, INTERRUPTED, USER_MISTAKE
 
