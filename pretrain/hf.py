@@ -93,7 +93,7 @@ def export_folder(
             _sync(path)
         os.rename(partial, out)
         _sync(out.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise HFError(f"cannot write {out}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -63,6 +63,13 @@ class TimelineConfig:
                 _check(name, pieces)
         if self.batch_size_multiple < 1:
             raise ValueError(f"batch_size_multiple = {self.batch_size_multiple} must be at least 1")
+        pieces = self.batch_size if isinstance(self.batch_size, tuple) else ()
+        constants = [self.batch_size] if isinstance(self.batch_size, int | float) else [piece.value for piece in pieces]
+        for size in constants:
+            if size % self.batch_size_multiple:
+                raise ValueError(
+                    f"batch_size = {size:g} must be a multiple of batch_size_multiple = {self.batch_size_multiple}"
+                )
         if isinstance(self.seq_len, tuple) and any(piece.shape != "constant" for piece in self.seq_len):
             raise ValueError("seq_len must be made of constant pieces: a sequence length changes at once, not slowly")
 

@@ -206,3 +206,9 @@ def test_the_smaller_models_warm_up_takes_2000_steps_too(name: str) -> None:
     config = load_config(PROJECT / "configs" / f"{name}.toml")
     first = next(stretches(config.full_timeline, config.train))
     assert first.tokens_per_step * 2000 == config.full_timeline.boundaries()[0]
+
+
+@pytest.mark.parametrize("batch_size", [6, (Piece(value=4, until=10), Piece(value=6))])
+def test_batches_that_would_be_rounded_are_refused(batch_size: object) -> None:
+    with pytest.raises(ValueError, match=r"batch_size = 6 must be a multiple of batch_size_multiple = 4"):
+        TimelineConfig(learning_rate=1e-3, batch_size=batch_size, batch_size_multiple=4)
