@@ -192,7 +192,8 @@ def print_table(speeds: Speeds) -> None:
                 best = max(measured, key=lambda workers: median(measured[workers]))
                 values = sorted(value / 1e6 for value in measured[best])
                 first = first or median(values)
-                numbers = f"{median(values):.0f} ({values[0]:.0f} to {values[-1]:.0f}) | {first / median(values):.1f}x as fast"
+                speed = f"{median(values):.0f} ({values[0]:.0f} to {values[-1]:.0f})"
+                numbers = f"{speed} | {first / median(values):.1f}x as fast"
                 print(f"| {shape[1]} x {shape[0]} | {side.name} | {row} | {best} | {numbers} |")
 
 
