@@ -75,14 +75,19 @@ def open_dataset(folder: Path, split: str = "train", *, vocab_size: int) -> Toke
     return TokenDataset(folder, split, index, shards)
 
 
-def check_same_tokenizer(datasets: Sequence[TokenDataset]) -> None:
-    """Raises DataError unless all datasets of a mixture were made with one tokenizer."""
+def check_alike(datasets: Sequence[TokenDataset]) -> None:
+    """Raises DataError unless all datasets of a mixture were made with one tokenizer and hold one type of tokens."""
     first = datasets[0]
     for other in datasets[1:]:
         if other.tokenizer.sha256 != first.tokenizer.sha256:
             raise DataError(
                 f"datasets {first.folder} and {other.folder} were made with different tokenizers "
                 f"({first.tokenizer.sha256[:16]}… and {other.tokenizer.sha256[:16]}…); prepare both with the same one"
+            )
+        if other.index.dtype != first.index.dtype:
+            raise DataError(
+                f"datasets {first.folder} and {other.folder} hold tokens of different types ({first.index.dtype} and "
+                f"{other.index.dtype}); prepare both with this program"
             )
 
 

@@ -53,7 +53,7 @@ class _SlicedShard:
     the slice that each window takes.
     """
 
-    tokens: Tokens
+    tokens: memoryview
     bounds: Int64s
     cuts: Int64s
     slices: Int64s
@@ -106,7 +106,8 @@ class DocumentStream:
         self._num_tokens = np.array([entry.tokens for entry in dataset.shards], np.int64)
         self._num_documents = np.array([entry.documents for entry in dataset.shards], np.int64)
         tokenizer = dataset.tokenizer
-        self._specials = np.array([tokenizer.fim_begin, tokenizer.fim_hole, tokenizer.fim_end], dataset.index.dtype)
+        specials = np.array([tokenizer.fim_begin, tokenizer.fim_hole, tokenizer.fim_end], dataset.index.dtype)
+        self._specials = specials.data
         # Neighbouring samples may lie on both sides of a border. No more, as each shard of a group is an open file.
         self._epoch = lru_cache(maxsize=2)(self._lay_epoch)
         self._group = lru_cache(maxsize=2)(self._lay_group)
@@ -122,6 +123,9 @@ class DocumentStream:
         stops = starts + count
         while len(starts):
             window = self._window_at(int(starts.min()))
+            if stops.max() <= window.end:
+                parts.append(window.cut(ranges, starts, stops))
+                break
             begun = starts < window.end
             edges = np.minimum(stops, window.end)
             parts.append(window.cut(ranges[begun], starts[begun], edges[begun]))
@@ -172,8 +176,7 @@ class DocumentStream:
         bounds = np.concatenate([[0], shard.ends.astype(np.int64)])
         cuts = shard.num_documents * np.arange(num_windows + 1) // num_windows
         slices = permutation(num_windows, "slices", *self._key, epoch, number)
-        # A plain view: slicing a memmap costs ten times as much.
-        return _SlicedShard(np.asarray(shard.tokens), bounds, cuts, slices)
+        return _SlicedShard(shard.tokens.data, bounds, cuts, slices)
 
     def _lay_window(self, epoch: int, group: int, window: int) -> Window:
         around = self._group(epoch, group)

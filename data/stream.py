@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data.config import DataConfig
-from data.dataset import TokenDataset, check_same_tokenizer, open_dataset
+from data.dataset import TokenDataset, check_alike, open_dataset
 from data.errors import DataError
 from data.mixture import Mixture
 from data.order import DocumentStream, Shuffle
@@ -82,7 +82,7 @@ class SampleStream:
         extra: int,
         shuffle: Shuffle | None = None,
     ) -> None:
-        check_same_tokenizer(datasets)
+        check_alike(datasets)
         shuffle = shuffle or Shuffle()
         self._seed = seed
         self._window_tokens = np.minimum([dataset.num_tokens for dataset in datasets], shuffle.sample_tokens)

@@ -16,13 +16,13 @@ from data.shards import Tokens
 
 @dataclass(frozen=True)
 class Pieces:
-    """Slices whose concatenation is R ranges of tokens, one after another.
+    """Slices of token arrays, all of one type, whose concatenation is R ranges of tokens, one after another.
 
     Slice i is `arrays[sources[i]][begins[i] : begins[i] + lengths[i]]`, a part of range `ranges[i]` and of document
     `documents[i]`, counted from the start of a stream.
     """
 
-    arrays: tuple[Tokens, ...]
+    arrays: tuple[memoryview, ...]
     ranges: Int64s
     sources: Int64s
     begins: Int64s
@@ -31,9 +31,11 @@ class Pieces:
 
     def read(self) -> Tokens:
         """Copies the tokens of all ranges."""
-        arrays = map(self.arrays.__getitem__, self.sources.tolist())
-        slices = map(slice, self.begins.tolist(), (self.begins + self.lengths).tolist())
-        return np.concatenate(list(map(np.ndarray.__getitem__, arrays, slices)))
+        ends = self.begins + self.lengths
+        places = zip(self.sources.tolist(), self.begins.tolist(), ends.tolist(), strict=True)
+        # Joining bytes takes half the time of joining numpy arrays.
+        joined = b"".join([self.arrays[source][begin:end] for source, begin, end in places])
+        return np.frombuffer(joined, self.arrays[0].format)
 
     def number_documents(self) -> npt.NDArray[np.int32]:
         """The document of every token, counted from 0 in each range."""
@@ -62,7 +64,7 @@ class Window:
     """P pieces: piece i begins at `begins[i]` of `arrays[sources[i]]`, and fills the stream from `offsets[i]` to
     `offsets[i + 1]`. `documents` [P] counts documents from the start of the stream."""
 
-    arrays: tuple[Tokens, ...]
+    arrays: tuple[memoryview, ...]
     sources: Int64s
     begins: Int64s
     offsets: Int64s
@@ -87,7 +89,7 @@ class Window:
 
 
 def lay_window(
-    arrays: tuple[Tokens, ...],
+    arrays: tuple[memoryview, ...],
     sources: Int64s,
     begins: Int64s,
     lengths: Int64s,

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from token_datasets import VOCAB_SIZE, documents_of, make_dataset, tokenizer_entry, write_dataset
 
-from data.dataset import check_same_tokenizer, open_dataset
+from data.dataset import check_alike, open_dataset
 from data.errors import DataError
 
 
@@ -66,9 +66,15 @@ def test_a_mixture_of_tokenizers(tmp_path: Path) -> None:
     for name, digest in (("a", "1" * 64), ("b", "1" * 64), ("c", "2" * 64)):
         write_dataset(tmp_path / name, documents_of([[5]]), tokenizer=tokenizer_entry(digest))
     a, b, c = (open_dataset(tmp_path / name, vocab_size=VOCAB_SIZE) for name in "abc")
-    check_same_tokenizer([a, b])
+    check_alike([a, b])
     with pytest.raises(DataError, match=r"a and .*c were made with different tokenizers \(1111.*2222.*prepare both"):
-        check_same_tokenizer([a, b, c])
+        check_alike([a, b, c])
+
+
+def test_a_mixture_of_token_types(tmp_path: Path) -> None:
+    narrow, wide = (make_dataset(tmp_path / name, documents_of([[5]]), dtype=name) for name in ("uint16", "uint32"))
+    with pytest.raises(DataError, match=r"hold tokens of different types \(uint16 and uint32\); prepare both"):
+        check_alike([narrow, wide])
 
 
 def test_a_flipped_byte_is_found_by_the_rank_that_checks_the_shard(tmp_path: Path) -> None:
