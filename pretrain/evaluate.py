@@ -31,7 +31,7 @@ class HeldOut:
         for part in self.parts:
             for start in range(place.rank * micro_batch_size, len(part), place.world_size * micro_batch_size):
                 samples = part.read(start, min(micro_batch_size, len(part) - start))
-                tokens = torch.from_numpy(samples.tokens).to(place.device)
+                tokens = torch.from_numpy(samples.tokens).to(place.device).long()
                 documents = None if samples.documents is None else torch.from_numpy(samples.documents).to(place.device)
                 sums += sums.new_tensor([float(model(tokens, documents).lm_loss) * len(tokens), len(tokens)])
         total, count = sum_over_processes(sums).tolist()

@@ -76,7 +76,7 @@ def _accumulate_gradients(run: Assembly, batch: Batch, values: TimelineValues) -
 
 def _micro_batches(run: Assembly, batch: Batch) -> list[tuple[Tensor, Tensor | None]]:
     size, device = run.config.train.micro_batch_size, run.place.device
-    tokens = [part.to(device, non_blocking=True) for part in batch.tokens.split(size)]
+    tokens = [part.to(device, non_blocking=True).long() for part in batch.tokens.split(size)]
     if batch.documents is None:
         return [(part, None) for part in tokens]
     documents = [part.to(device, non_blocking=True) for part in batch.documents.split(size)]
