@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.config import ModelConfig
+from model.linear import Linear, WeightGradients
 from model.norm import RMSNorm
 from model.rope import apply_rotary, softmax_scale
 
@@ -48,25 +49,25 @@ class LatentCache:
 class MultiHeadLatentAttention(nn.Module):
     """Attention of one layer."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, weight_gradients: WeightGradients) -> None:
         super().__init__()
         self.config = config
         self.scale = softmax_scale(config.qk_head_dim, config.rope_scaling)
         heads = config.num_attention_heads
         if config.q_lora_rank is None:
-            self.q_proj = nn.Linear(config.hidden_size, heads * config.qk_head_dim, bias=False)
+            self.q_proj = Linear(config.hidden_size, heads * config.qk_head_dim, weight_gradients)
         else:
-            self.q_a_proj = nn.Linear(config.hidden_size, config.q_lora_rank, bias=False)
+            self.q_a_proj = Linear(config.hidden_size, config.q_lora_rank, weight_gradients)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps=config.rms_norm_eps)
-            self.q_b_proj = nn.Linear(config.q_lora_rank, heads * config.qk_head_dim, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(
-            config.hidden_size, config.kv_lora_rank + config.qk_rope_head_dim, bias=False
+            self.q_b_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim, weight_gradients)
+        self.kv_a_proj_with_mqa = Linear(
+            config.hidden_size, config.kv_lora_rank + config.qk_rope_head_dim, weight_gradients
         )
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, eps=config.rms_norm_eps)
-        self.kv_b_proj = nn.Linear(
-            config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False
+        self.kv_b_proj = Linear(
+            config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), weight_gradients
         )
-        self.o_proj = nn.Linear(heads * config.v_head_dim, config.hidden_size, bias=False)
+        self.o_proj = Linear(heads * config.v_head_dim, config.hidden_size, weight_gradients)
 
     def forward(
         self, x: Tensor, context: AttentionContext, cache: LatentCache | None = None, *, absorbed: bool = False

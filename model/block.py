@@ -1,10 +1,9 @@
 """One layer: latent attention, then a dense MLP or experts, each behind a norm and beside a residual.
 
-A layer runs in four phases, `attend`, `dispatch`, `experts` and `combine`, so that a scheduler can put the
-communication of one micro-batch beside the computation of another. `forward` is the four in order.
+`forward` is the layer in one process. Whoever spreads experts over processes runs its parts instead, `attend`, `shared`
+and `routed`, and carries rows between them: out = residual + shared(normed) + routed(rows of normed).
 """
 
-from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -12,7 +11,8 @@ from torch import Tensor, nn
 
 from model.attention import AttentionContext, LatentCache, MultiHeadLatentAttention
 from model.config import ModelConfig
-from model.experts import Dispatched, Dispatcher, GroupedExperts, LocalDispatcher, SwiGLU
+from model.experts import RoutedExperts, RoutedRows, SwiGLU
+from model.linear import Linear, WeightGradients
 from model.norm import RMSNorm
 from model.router import Gate, Route, count_load, sequence_balance_loss
 
@@ -27,30 +27,25 @@ class RouterStats(NamedTuple):
     load: Tensor
 
 
-@dataclass(frozen=True)
-class BlockState:
-    """What passes from phase to phase: the residual, the normed input of the second half and what every token gets
-    from it (the dense MLP, or the shared experts), [B, S, D] all, and in a layer with routed experts the route and what
-    became of the rows."""
+class Attended(NamedTuple):
+    """A layer after attention: the residual and the normed input of the second half, [B, S, D] both; and, where it has
+    experts, the route of the tokens and its statistics."""
 
     residual: Tensor
     normed: Tensor
-    route: Route | None = None
-    dispatched: Dispatched | None = None
-    expert_rows: Tensor | None = None
-    shared: Tensor | None = None
+    route: Route | None
+    stats: RouterStats | None
 
 
 class MixtureOfExperts(nn.Module):
-    """Gate, routed experts and shared experts of one layer. Its dispatcher decides which experts live here."""
+    """Gate, the routed experts that live here, and shared experts of one layer."""
 
-    def __init__(self, config: ModelConfig, dispatcher: Dispatcher, num_local_experts: int) -> None:
+    def __init__(self, config: ModelConfig, num_local_experts: int, weight_gradients: WeightGradients) -> None:
         super().__init__()
-        self.dispatcher = dispatcher
         self.gate = Gate(config)
-        self.experts = GroupedExperts(config, num_local_experts)
+        self.experts = RoutedExperts(config, num_local_experts, weight_gradients)
         self.shared_experts = (
-            SwiGLU(config.hidden_size, config.n_shared_experts * config.moe_intermediate_size)
+            SwiGLU(config.hidden_size, config.n_shared_experts * config.moe_intermediate_size, weight_gradients)
             if config.n_shared_experts
             else None
         )
@@ -58,71 +53,85 @@ class MixtureOfExperts(nn.Module):
 
 class Block(nn.Module):
     """One layer of the network; `index` counts from 0 over the main layers, then over those of multi-token
-    prediction."""
+    prediction. Of its routed experts, `num_local_experts` live here."""
 
-    def __init__(self, config: ModelConfig, index: int, dispatcher: Dispatcher | None = None) -> None:
+    def __init__(
+        self, config: ModelConfig, index: int, *, num_local_experts: int, weight_gradients: WeightGradients
+    ) -> None:
         super().__init__()
         self.config = config
         self.index = index
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = MultiHeadLatentAttention(config)
+        self.self_attn = MultiHeadLatentAttention(config, weight_gradients)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp: SwiGLU | MixtureOfExperts
         if index < config.first_k_dense_replace:
-            self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+            self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, weight_gradients)
         else:
-            num_experts = config.n_routed_experts
-            self.mlp = MixtureOfExperts(config, dispatcher or LocalDispatcher(num_experts), num_experts)
+            self.mlp = MixtureOfExperts(config, num_local_experts, weight_gradients)
 
     def forward(
         self, x: Tensor, context: AttentionContext, cache: LatentCache | None = None, *, absorbed: bool = False
     ) -> tuple[Tensor, RouterStats | None]:
-        """[B, S, D] to [B, S, D], with the statistics of routing where the layer has experts."""
-        state = self.attend(x, context, cache, absorbed=absorbed)
-        return self.combine(self.experts(self.dispatch(state))), self.router_stats(state)
+        """[B, S, D] to [B, S, D], with the statistics of routing where the layer has experts. All experts must be
+        here."""
+        attended = self.attend(x, context, cache, absorbed=absorbed)
+        out, shared = attended.residual, self.shared(attended.normed)
+        if attended.route is not None:
+            rows = attended.normed.flatten(0, 1)
+            routed = self.routed(RoutedRows(rows, attended.route.experts, attended.route.weights))
+            out = out + routed.view_as(out)
+        return out if shared is None else out + shared, attended.stats
 
     def attend(
         self, x: Tensor, context: AttentionContext, cache: LatentCache | None = None, *, absorbed: bool = False
-    ) -> BlockState:
+    ) -> Attended:
         """Attention, the second norm and the gate."""
         residual = x + self.self_attn(self.input_layernorm(x), context, cache, absorbed=absorbed)
         normed = self.post_attention_layernorm(residual)
-        route = self.mlp.gate(normed.flatten(0, 1)) if isinstance(self.mlp, MixtureOfExperts) else None
-        return BlockState(residual, normed, route)
-
-    def dispatch(self, state: BlockState) -> BlockState:
-        """Sends tokens to their experts; nothing in a dense layer."""
         if not isinstance(self.mlp, MixtureOfExperts):
-            return state
-        assert state.route is not None
-        return replace(state, dispatched=self.mlp.dispatcher.dispatch(state.normed.flatten(0, 1), state.route))
-
-    def experts(self, state: BlockState) -> BlockState:
-        """Computes all of the second half: the dense MLP, or the routed experts that live here and the shared ones."""
-        if not isinstance(self.mlp, MixtureOfExperts):
-            return replace(state, shared=self.mlp(state.normed))
-        assert state.dispatched is not None
-        rows = self.mlp.experts(state.dispatched.rows, state.dispatched.counts)
-        shared = None if self.mlp.shared_experts is None else self.mlp.shared_experts(state.normed)
-        return replace(state, expert_rows=rows, shared=shared)
-
-    def combine(self, state: BlockState) -> Tensor:
-        """Brings the routed results back and adds everything to the residual: [B, S, D]."""
-        out = state.residual
-        if isinstance(self.mlp, MixtureOfExperts):
-            assert state.route is not None
-            assert state.dispatched is not None
-            assert state.expert_rows is not None
-            routed = self.mlp.dispatcher.combine(state.expert_rows, state.dispatched, state.route)
-            out = out + routed.view_as(out)
-        return out if state.shared is None else out + state.shared
-
-    def router_stats(self, state: BlockState) -> RouterStats | None:
-        """Balance loss and load of the route taken, None in a dense layer."""
-        if state.route is None:
-            return None
-        scores = state.route.scores.view(*state.normed.shape[:2], -1)
+            return Attended(residual, normed, None, None)
+        route = self.mlp.gate(normed.flatten(0, 1))
+        scores = route.scores.view(*normed.shape[:2], -1)
         balance_loss = sequence_balance_loss(scores, num_chosen=self.config.num_experts_per_tok)
         with torch.no_grad():
-            load = count_load(state.route.experts, self.config.n_routed_experts)
-        return RouterStats(balance_loss, load)
+            load = count_load(route.experts, self.config.n_routed_experts)
+        return Attended(residual, normed, route, RouterStats(balance_loss, load))
+
+    def shared(self, normed: Tensor) -> Tensor | None:
+        """What every token gets from the second half: the dense MLP or the shared experts, [B, S, D], if there are
+        any."""
+        mlp = self.mlp if isinstance(self.mlp, SwiGLU) else self.mlp.shared_experts
+        return None if mlp is None else mlp(normed)
+
+    def routed(self, routed: RoutedRows) -> Tensor:
+        """What rows get from the routed experts that live here, [R, D]."""
+        assert isinstance(self.mlp, MixtureOfExperts)
+        out: Tensor = self.mlp.experts(routed)
+        return out
+
+
+class SharedHead(nn.Module):
+    """The norm before the head that a prediction depth has for itself; the head is the main model's."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class MultiTokenBlock(Block):
+    """One depth of multi-token prediction."""
+
+    def __init__(
+        self, config: ModelConfig, index: int, *, num_local_experts: int, weight_gradients: WeightGradients
+    ) -> None:
+        super().__init__(config, index, num_local_experts=num_local_experts, weight_gradients=weight_gradients)
+        self.enorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.hnorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size, weight_gradients)
+        self.shared_head = SharedHead(config)
+
+    def join(self, embedded: Tensor, hidden: Tensor) -> Tensor:
+        """The block's input from the embeddings of the next token and the previous depth's states, [B, S, D] all."""
+        out: Tensor = self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(hidden)), dim=-1))
+        return out

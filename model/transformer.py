@@ -9,17 +9,21 @@ report writes the two halves the other way round; this is the order of the publi
 head of the depth before it sees, after its norm, as in the programs that serve those weights.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from model.attention import AttentionContext, LatentCache, causal_mask, document_mask
-from model.block import Block, RouterStats
+from model.block import Block, MultiTokenBlock, RouterStats
 from model.config import ModelConfig
+from model.linear import WeightGradients
 from model.loss import cross_entropy
 from model.norm import RMSNorm
 from model.rope import rotary_frequencies, rotary_table
+from model.router import BIAS_NAME
 
 LOSS_CHUNK = 8192
 
@@ -34,44 +38,64 @@ class Losses(NamedTuple):
     load: Tensor
 
 
-class SharedHead(nn.Module):
-    """The norm before the head that a prediction depth has for itself; the head is the main model's."""
+@dataclass(frozen=True, kw_only=True)
+class ModelPart:
+    """A part of the network: some of its layers (those of multi-token prediction included), with or without embedding
+    and head; and of every layer's routed experts `num_local_experts` from `first_expert` on."""
+
+    layers: tuple[int, ...]
+    embedding: bool
+    head: bool
+    first_expert: int
+    num_local_experts: int
+
+
+def whole_model(config: ModelConfig) -> ModelPart:
+    """Everything."""
+    return ModelPart(
+        layers=tuple(range(config.num_layers)),
+        embedding=True,
+        head=True,
+        first_expert=0,
+        num_local_experts=config.n_routed_experts,
+    )
+
+
+class Head(nn.Module):
+    """The projection to the vocabulary."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
 
-
-class MultiTokenBlock(Block):
-    """One depth of multi-token prediction."""
-
-    def __init__(self, config: ModelConfig, index: int) -> None:
-        super().__init__(config, index)
-        self.enorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.hnorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
-        self.shared_head = SharedHead(config)
-
-    def join(self, embedded: Tensor, hidden: Tensor) -> Tensor:
-        """The block's input from the embeddings of the next token and the previous depth's states, [B, S, D] all."""
-        return self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(hidden)), dim=-1))
+    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Logits in fp32 of [..., D], or with labels [...] their mean cross-entropy, a scalar."""
+        if labels is None:
+            return F.linear(hidden, self.weight).float()
+        return cross_entropy(hidden, self.weight, labels, chunk_size=LOSS_CHUNK)
 
 
 class Transformer(nn.Module):
-    """A DeepSeek-V3-style language model."""
+    """A DeepSeek-V3-style language model, or the `part` of it that lives here. Only the whole can run by itself."""
 
     frequencies: Tensor
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, part: ModelPart | None = None) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.part = part = part or whole_model(config)
+        self.weight_gradients = WeightGradients()
+        if part.embedding:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleDict()
-        for index in range(config.num_layers):
+        for index in part.layers:
             make = Block if index < config.num_hidden_layers else MultiTokenBlock
-            self.layers[str(index)] = make(config, index)
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.layers[str(index)] = make(
+                config, index, num_local_experts=part.num_local_experts, weight_gradients=self.weight_gradients
+            )
+        if part.head:
+            self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            self.lm_head = Head(config)
         frequencies = rotary_frequencies(config.qk_rope_head_dim, theta=config.rope_theta, scaling=config.rope_scaling)
         self.register_buffer("frequencies", frequencies, persistent=False)
 
@@ -81,22 +105,19 @@ class Transformer(nn.Module):
         With `documents` (ids of the same shape) no token attends to another document.
         """
         num_positions = tokens.shape[1] - 1 - self.config.num_nextn_predict_layers
-        context = self._context(num_positions)
-        if documents is not None:
-            context = AttentionContext(context.rotary, document_mask(documents[:, :num_positions]))
+        context = self.training_context(num_positions, documents)
         hidden, stats = self._run_main_layers(self.embed_tokens(tokens[:, :num_positions]), context)
         hidden = self.norm(hidden)
-        lm_loss = self._loss(hidden, tokens[:, 1 : num_positions + 1])
+        lm_loss = self.lm_head(hidden, tokens[:, 1 : num_positions + 1])
 
         mtp_losses = []
         for depth in range(1, self.config.num_nextn_predict_layers + 1):
-            block = self.layers[str(self.config.num_hidden_layers + depth - 1)]
-            assert isinstance(block, MultiTokenBlock)
+            block = self.multi_token_block(depth)
             joined = block.join(self.embed_tokens(tokens[:, depth : num_positions + depth]), hidden)
             hidden, block_stats = block(joined, context)
             stats += [block_stats] if block_stats else []
             hidden = block.shared_head.norm(hidden)
-            mtp_losses.append(self._loss(hidden, tokens[:, depth + 1 : num_positions + depth + 1]))
+            mtp_losses.append(self.lm_head(hidden, tokens[:, depth + 1 : num_positions + depth + 1]))
         zero = lm_loss.new_zeros(())
         return Losses(
             lm_loss,
@@ -115,16 +136,37 @@ class Transformer(nn.Module):
         past = caches[0].length if caches else 0
         context = self._context(tokens.shape[1], past=past)
         hidden, _ = self._run_main_layers(self.embed_tokens(tokens), context, caches, absorbed=absorbed)
-        return self.lm_head(self.norm(hidden)).float()
+        out: Tensor = self.lm_head(self.norm(hidden))
+        return out
 
     def make_caches(self, batch_size: int, capacity: int) -> list[LatentCache]:
         """Empty caches for `capacity` positions of `batch_size` sequences."""
         like = self.embed_tokens.weight
         return [LatentCache(batch_size, capacity, self.config, like=like) for _ in range(self.config.num_hidden_layers)]
 
-    def expert_biases(self) -> list[Tensor]:
-        """The routers' bias buffers, each [E] in fp32, in the order of `Losses.load`."""
-        return [self.get_buffer(f"layers.{index}.mlp.gate.e_score_correction_bias") for index in self.config.moe_layers]
+    def expert_biases(self) -> dict[int, Tensor]:
+        """The bias buffers of the routers that are here, each [E] in fp32, by layer."""
+        layers = [index for index in self.part.layers if index in self.config.moe_layers]
+        return {index: self.get_buffer(f"layers.{index}.mlp.gate.{BIAS_NAME}") for index in layers}
+
+    def block(self, index: int) -> Block:
+        """A layer by its index in the whole network."""
+        block = self.layers[str(index)]
+        assert isinstance(block, Block)
+        return block
+
+    def multi_token_block(self, depth: int) -> MultiTokenBlock:
+        """The block of a prediction depth, from 1."""
+        block = self.layers[str(self.config.num_hidden_layers + depth - 1)]
+        assert isinstance(block, MultiTokenBlock)
+        return block
+
+    def training_context(self, num_positions: int, documents: Tensor | None) -> AttentionContext:
+        """Positions 0 to `num_positions`, attending inside `documents` [B, >= num_positions] where they are given."""
+        context = self._context(num_positions)
+        if documents is None:
+            return context
+        return AttentionContext(context.rotary, document_mask(documents[:, :num_positions]))
 
     def _context(self, num_positions: int, *, past: int = 0) -> AttentionContext:
         device = self.frequencies.device
@@ -146,6 +188,3 @@ class Transformer(nn.Module):
             x, layer_stats = self.layers[str(index)](x, context, caches[index] if caches else None, absorbed=absorbed)
             stats += [layer_stats] if layer_stats else []
         return x, stats
-
-    def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        return cross_entropy(hidden, self.lm_head.weight, labels, chunk_size=LOSS_CHUNK)

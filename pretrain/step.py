@@ -43,7 +43,7 @@ def train_step(run: Assembly, batch: Batch, values: TimelineValues, *, stop_requ
 
     grad_norm, updated = run.optimizer.step(values.learning_rate)
     if updated:
-        for bias, layer_load in zip(run.model.expert_biases(), total_load, strict=True):
+        for bias, layer_load in zip(run.model.expert_biases().values(), total_load, strict=True):
             update_bias(bias, layer_load.to(bias.device), values.bias_update_speed)
     return StepResult(
         loss=lm_loss + values.mtp_weight * mtp_loss + run.config.model.aux_loss_alpha * balance_loss,

@@ -129,7 +129,7 @@ def random_model(config: ModelConfig, seed: int = 0) -> Transformer:
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.copy_(1 + 0.3 * torch.randn(parameter.shape, generator=generator))
-        for bias in model.expert_biases():
+        for bias in model.expert_biases().values():
             bias.copy_(0.1 * torch.randn(bias.shape, generator=generator))
     return model
 

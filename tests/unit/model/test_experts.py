@@ -1,4 +1,4 @@
-"""Dispatch, experts and combination against a loop over tokens."""
+"""The routed experts against a loop over tokens, and the copies of rows that they are made of."""
 
 from typing import Any
 
@@ -8,16 +8,17 @@ from support import small_model
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.experts import GroupedExperts, LocalDispatcher, SwiGLU, _inverse, _Permute, grouped_linear
-from model.router import Route
+from model.experts import RoutedExperts, RoutedRows, SwiGLU, sort_by_expert
+from model.linear import WeightGradients, grouped_linear
+from model.permute import _Spread, by_token, collect, find_copies, spread
 
 torch.set_num_threads(1)
 
 NUM_EXPERTS = 8
 
 
-def make_experts() -> GroupedExperts:
-    experts = GroupedExperts(small_model(), NUM_EXPERTS)
+def make_experts() -> RoutedExperts:
+    experts = RoutedExperts(small_model(), NUM_EXPERTS, WeightGradients())
     generator = torch.Generator().manual_seed(0)
     for parameter in experts.parameters():
         parameter.data.normal_(std=0.3, generator=generator)
@@ -37,26 +38,29 @@ CHOICES = {
     "most experts are empty": torch.tensor([[7, 2]] * 23),
     "one token": random_choice(1, 2),
     "no token": random_choice(0, 2),
+    "some choices are elsewhere": torch.where(random_choice(23, 3) < 4, random_choice(23, 3), -1),
+    "all choices are elsewhere": torch.full((23, 2), -1),
 }
 
 
-def loop_over_tokens(experts: GroupedExperts, x: Tensor, weights: Tensor, choice: Tensor) -> Tensor:
+def loop_over_tokens(experts: RoutedExperts, x: Tensor, weights: Tensor, choice: Tensor) -> Tensor:
     rows = []
     for token in range(len(x)):
-        out = torch.zeros(x.shape[1])
+        out = x[token] * 0.0
         for k, expert in enumerate(choice[token].tolist()):
+            if expert < 0:
+                continue
             gate, up = (experts.gate_up_proj[expert] @ x[token]).chunk(2)
             out = out + weights[token, k] * (experts.down_proj[expert] @ (F.silu(gate) * up))
         rows.append(out)
     return torch.stack(rows) if rows else x * 1.0
 
 
-def through_dispatcher(experts: GroupedExperts, x: Tensor, weights: Tensor, choice: Tensor) -> Tensor:
-    dispatcher = LocalDispatcher(NUM_EXPERTS)
-    route = Route(choice, weights, scores=weights)
-    dispatched = dispatcher.dispatch(x, route)
-    assert dispatched.counts.tolist() == [int((choice == expert).sum()) for expert in range(NUM_EXPERTS)]
-    return dispatcher.combine(experts(dispatched.rows, dispatched.counts), dispatched, route)
+def all_at_once(experts: RoutedExperts, x: Tensor, weights: Tensor, choice: Tensor) -> Tensor:
+    routed = RoutedRows(x, choice, weights, complete=bool((choice >= 0).all()))
+    _, counts = sort_by_expert(routed, NUM_EXPERTS)
+    assert counts.tolist() == [int((choice == expert).sum()) for expert in range(NUM_EXPERTS)]
+    return experts(routed)
 
 
 @pytest.mark.parametrize("case", CHOICES)
@@ -67,7 +71,7 @@ def test_experts_against_a_loop(case: str) -> None:
     weights = torch.rand(choice.shape, generator=generator)
     toward = torch.randn(len(choice), 32, generator=generator)
     results = []
-    for compute in (loop_over_tokens, through_dispatcher):
+    for compute in (loop_over_tokens, all_at_once):
         experts.zero_grad()
         inputs = [x.clone().requires_grad_(), weights.clone().requires_grad_()]
         out = compute(experts, *inputs, choice)
@@ -75,60 +79,78 @@ def test_experts_against_a_loop(case: str) -> None:
         gradients = [tensor.grad for tensor in (*inputs, *experts.parameters())]
         results.append([out, *(torch.zeros(()) if gradient is None else gradient for gradient in gradients)])
     for expected, ours in zip(*results, strict=True):
-        if len(choice):
+        if (choice >= 0).any():
             torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-5)
         else:
             assert not ours.any()
     assert results[1][0].shape == x.shape
 
 
+@pytest.mark.parametrize("case", CHOICES)
+def test_deferred_weight_gradients_are_the_same(case: str) -> None:
+    choice, gradients = CHOICES[case], []
+    for deferring in (False, True):
+        experts = make_experts()
+        experts._weight_gradients.deferring = deferring
+        x = torch.randn(len(choice), 32, generator=torch.Generator().manual_seed(2), requires_grad=True)
+        all_at_once(experts, x, torch.ones(choice.shape), choice).square().sum().backward()
+        assert all((p.grad is None) == deferring for p in experts.parameters())
+        for work in experts._weight_gradients.take():
+            work()
+        gradients.append([x.grad, *(p.grad for p in experts.parameters())])
+    for at_once, later in zip(*gradients, strict=True):
+        assert torch.equal(at_once, later)
+
+
 def test_tokens_of_one_expert_stay_in_order() -> None:
     choice = CHOICES["random"]
-    x = torch.arange(len(choice)).float()[:, None]
-    dispatched = LocalDispatcher(NUM_EXPERTS).dispatch(x, Route(choice, choice.float(), choice.float()))
-    for part in dispatched.rows.flatten().split(dispatched.counts.tolist()):
+    copies, counts = sort_by_expert(RoutedRows(torch.zeros(23, 1), choice, choice.float()), NUM_EXPERTS)
+    for part in copies.tokens.split(counts.tolist()):
         assert part.tolist() == sorted(part.tolist())
 
 
-class _WrongPermute(_Permute):
+class _WrongSpread(_Spread):
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (order,) = ctx.saved_tensors
-        return grad.index_select(0, order).unflatten(0, (-1, ctx.num_choices)).sum(1), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        slots = ctx.copies.slots.flip(0)
+        return grad.index_select(0, slots.flatten()).unflatten(0, slots.shape).sum(1), None
 
 
-@pytest.mark.parametrize("num_choices", [1, 3])
-def test_gradient_of_the_permutation(num_choices: int) -> None:
-    order = torch.randperm(5 * num_choices, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("num_copies", [1, 3])
+def test_gradient_of_spreading(num_copies: int) -> None:
+    slots = torch.randperm(5 * num_copies, generator=torch.Generator().manual_seed(0)).view(5, num_copies)
+    copies = find_copies(slots, 5 * num_copies, complete=True)
     x = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: _Permute.apply(x, order, num_choices), x)
+    assert torch.autograd.gradcheck(lambda x: spread(x, copies), x, eps=1e-3, atol=1e-4)
     with pytest.raises(RuntimeError, match="Jacobian mismatch"):
-        torch.autograd.gradcheck(lambda x: _WrongPermute.apply(x, order, num_choices), x)
+        torch.autograd.gradcheck(lambda x: _WrongSpread.apply(x, copies), x, eps=1e-3, atol=1e-4)
 
 
-def test_inverse_of_a_permutation() -> None:
-    order = torch.randperm(20)
-    assert torch.equal(order[_inverse(order)], torch.arange(20))
+def test_copies_that_are_missing_are_zero() -> None:
+    copies = find_copies(torch.tensor([[1, 3], [0, 2], [3, 3]]), 3, complete=False)
+    rows = torch.tensor([[1.0], [2.0], [4.0]], requires_grad=True)
+    assert by_token(rows, copies)[..., 0].tolist() == [[2, 0], [1, 4], [0, 0]]
+    assert collect(rows, copies)[:, 0].tolist() == [2, 5, 0]
 
 
-def test_combination_sums_in_fp32() -> None:
+def test_sums_over_copies_are_in_fp32() -> None:
     rows = torch.tensor([[256.0], [1.0], [1.0]]).bfloat16()
-    choice = torch.tensor([[0, 1, 2]])
-    route = Route(choice, torch.ones(1, 3), torch.ones(1, 3))
-    dispatcher = LocalDispatcher(3)
-    out = dispatcher.combine(rows, dispatcher.dispatch(torch.zeros(1, 1), route), route)
-    assert out.dtype == torch.bfloat16
-    assert out.item() == 258  # in bf16, 256 + 1 is 256
+    copies = find_copies(torch.tensor([[0, 1, 2]]), 3, complete=True)
+    assert collect(rows, copies).item() == 258  # in bf16, 256 + 1 is 256
+    x = torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True)
+    spread(x, copies).backward(rows)
+    assert x.grad is not None
+    assert x.grad.item() == 258
 
 
 def test_grouped_linear_uses_the_weight_of_each_row() -> None:
-    weight = torch.arange(3.0)[:, None, None].expand(3, 2, 4)
-    out = grouped_linear(torch.ones(5, 4), weight, torch.tensor([2, 0, 3]))
+    weight = torch.nn.Parameter(torch.arange(3.0)[:, None, None].expand(3, 2, 4))
+    out = grouped_linear(torch.ones(5, 4), weight, torch.tensor([2, 0, 3]), WeightGradients())
     assert out[:, 0].tolist() == [0.0, 0.0, 8.0, 8.0, 8.0]
 
 
 def test_swiglu_takes_the_gate_first() -> None:
-    mlp = SwiGLU(2, 1)
+    mlp = SwiGLU(2, 1, WeightGradients())
     mlp.gate_up_proj.weight.data = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     mlp.down_proj.weight.data = torch.ones(2, 1)
     x = torch.tensor([3.0, 5.0])

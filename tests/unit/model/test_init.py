@@ -6,8 +6,9 @@ from support import small_model
 from torch import nn
 
 from model.config import ModelConfig
-from model.experts import GroupedExperts
+from model.experts import RoutedExperts
 from model.init import initialize
+from model.linear import WeightGradients
 from model.transformer import Transformer
 
 torch.set_num_threads(1)
@@ -44,7 +45,7 @@ def test_a_part_alone_gets_the_weights_of_the_whole() -> None:
 def test_a_slice_of_the_experts_is_that_slice_of_the_whole() -> None:
     config = small_model()
     whole, part = make_model(config), Transformer(config)
-    part.layers["1"].mlp.experts = GroupedExperts(config, 3)
+    part.layers["1"].mlp.experts = RoutedExperts(config, 3, WeightGradients())
     initialize(part, config, seed=0, first_expert=4)
     for name, parameter in part.layers["1"].mlp.experts.named_parameters():
         assert torch.equal(parameter, whole.get_parameter(f"layers.1.mlp.experts.{name}")[4:7])
@@ -69,7 +70,7 @@ def test_distribution() -> None:
         elif parameter.numel() > 4000:
             assert parameter.std().item() == pytest.approx(0.006, rel=0.08), name
             assert abs(parameter.mean().item()) < 0.0006, name
-    assert not torch.stack(model.expert_biases()).any()
+    assert not torch.stack(list(model.expert_biases().values())).any()
 
 
 def test_lower_precision_is_the_rounded_weight() -> None:

@@ -120,7 +120,7 @@ def test_export_of_import_is_the_same_folder(dtype: str, tmp_path: Path) -> None
 
 def test_mixed_dtypes_are_kept(tmp_path: Path) -> None:
     model = random_model(replace(random_config(2), first_k_dense_replace=0)).bfloat16()
-    for bias in model.expert_biases():
+    for bias in model.expert_biases().values():
         bias.data = bias.float()
     stored = read_all(export(model, tmp_path / "out"))
     assert {tensor.dtype for name, tensor in stored.items() if name.endswith("bias")} == {torch.float32}
