@@ -27,6 +27,7 @@ from data.errors import DataError
 from data.mixture import Mixture
 from data.order import DocumentStream, Shuffle
 from data.randomness import permutation
+from data.shards import Tokens
 from data.window import Pieces, join_pieces
 
 
@@ -60,10 +61,10 @@ class DataPosition:
 
 @dataclass(frozen=True)
 class Samples:
-    """`tokens` [samples, seq_len + extra] int64; `documents`, of the same shape, int32, numbers the documents of each
-    sample from 0, or is None where attention may cross them."""
+    """`tokens` [samples, seq_len + extra] as the shards hold them, uint16 or uint32; `documents`, of the same shape,
+    int32, numbers the documents of each sample from 0, or is None where attention may cross them."""
 
-    tokens: npt.NDArray[np.int64]
+    tokens: Tokens
     documents: npt.NDArray[np.int32] | None
 
 
@@ -209,7 +210,7 @@ def open_stream(config: DataConfig, *, seed: int, extra: int, vocab_size: int) -
 
 def _read_samples(pieces: Pieces, count: int, with_documents: bool) -> Samples:
     """Samples whose tokens are `count` ranges of one length."""
-    tokens = pieces.read().astype(np.int64).reshape(count, -1)
+    tokens = pieces.read().reshape(count, -1)
     return Samples(tokens, pieces.number_documents().reshape(count, -1) if with_documents else None)
 
 

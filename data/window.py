@@ -33,8 +33,8 @@ class Pieces:
         """Copies the tokens of all ranges."""
         ends = self.begins + self.lengths
         places = zip(self.sources.tolist(), self.begins.tolist(), ends.tolist(), strict=True)
-        # Joining bytes takes half the time of joining numpy arrays.
-        joined = b"".join([self.arrays[source][begin:end] for source, begin, end in places])
+        # Joining bytes takes half the time of joining numpy arrays; a bytearray can be written to, as torch asks.
+        joined = bytearray().join([self.arrays[source][begin:end] for source, begin, end in places])
         return np.frombuffer(joined, self.arrays[0].format)
 
     def number_documents(self) -> npt.NDArray[np.int32]:
@@ -76,16 +76,23 @@ class Window:
         return int(self.offsets[-1])
 
     def cut(self, ranges: Int64s, starts: Int64s, stops: Int64s) -> Pieces:
-        """The pieces of ranges [R] of the stream that lie in this window; `ranges` [R] are their numbers."""
-        firsts = np.searchsorted(self.offsets, starts, "right") - 1
-        counts = np.searchsorted(self.offsets, stops, "left") - firsts
-        owners = np.repeat(np.arange(len(starts)), counts)
-        found = np.arange(len(owners)) + (firsts - np.cumsum(counts) + counts)[owners]
-        offsets = self.offsets[found]
-        edges = np.maximum(offsets, starts[owners])
-        lengths = np.minimum(self.offsets[found + 1], stops[owners]) - edges
-        begins = self.begins[found] + edges - offsets
-        return Pieces(self.arrays, ranges[owners], self.sources[found], begins, lengths, self.documents[found])
+        """The pieces of ranges [R], R >= 1, of the stream that lie in this window; `ranges` [R] are their numbers.
+
+        No range is empty. A batch has few pieces, so what costs time here is the number of numpy calls.
+        """
+        bounds = self.offsets.searchsorted(np.concatenate((starts, stops - 1)), "right")
+        firsts = bounds[: len(starts)] - 1
+        counts = bounds[len(starts) :] - firsts
+        ends = counts.cumsum()
+        befores = ends - counts
+        found = np.arange(ends[-1]) + (firsts - befores).repeat(counts)
+        offsets, lasts = self.offsets.take(found), self.offsets.take(found + 1)
+        # The first and the last piece of each range are cut to it.
+        edges = offsets.copy()
+        edges[befores], lasts[ends - 1] = starts, stops
+        begins = self.begins.take(found) + (edges - offsets)
+        sources, documents = self.sources.take(found), self.documents.take(found)
+        return Pieces(self.arrays, ranges.repeat(counts), sources, begins, lasts - edges, documents)
 
 
 def lay_window(

@@ -26,8 +26,14 @@ SEQ_LEN = 16
 @pytest.fixture(scope="module")
 def datasets(tmp_path_factory: pytest.TempPathFactory) -> list[TokenDataset]:
     folder = tmp_path_factory.mktemp("datasets")
+    return make_datasets(folder)
+
+
+def make_datasets(folder: Path, dtype: str = "uint16") -> list[TokenDataset]:
     layouts = [[[30, 1, 5] * 20, [9] * 30], [[4] * 25]]
-    return [make_dataset(folder / str(number), documents_of(lengths)) for number, lengths in enumerate(layouts)]
+    return [
+        make_dataset(folder / str(number), documents_of(lengths), dtype=dtype) for number, lengths in enumerate(layouts)
+    ]
 
 
 def make_stream(datasets: list[TokenDataset], seed: int = 5) -> SampleStream:
@@ -116,10 +122,24 @@ def test_a_resume_at_any_sample_goes_on(
 def test_batches_are_ready_tensors(datasets: list[TokenDataset]) -> None:
     with BatchLoader(make_stream(datasets), make_specs([8, 4]), dp_rank=1, dp_size=2, pin_memory=True) as loader:
         first, second = loader
-    assert (first.tokens.dtype, first.tokens.shape) == (torch.int64, (4, SEQ_LEN + 2))
+    assert (first.tokens.dtype, first.tokens.shape) == (torch.uint16, (4, SEQ_LEN + 2))
     assert first.documents is not None
     assert (first.documents.dtype, first.documents.shape) == (torch.int32, (4, SEQ_LEN + 2))
     assert (second.spec.position.sample, second.tokens.shape[0]) == (8, 2)
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_tokens_keep_the_type_they_are_stored_in(tmp_path: Path, expected: str, dtype: str) -> None:
+    """The largest ids of either type included; the samples have the same digest in both."""
+    largest = {"uint16": (1 << 16) - 1, "uint32": (1 << 32) - 1}[dtype]
+    dataset = make_dataset(tmp_path / "large", [[[largest, 0]] * 9], dtype=dtype)
+    config = DataConfig(datasets=(DatasetConfig(path=str(dataset.folder)),))
+    stream = SampleStream([dataset], config, seed=0, extra=1)
+    with BatchLoader(stream, [BatchSpec(stream.start(4), 2)]) as loader:
+        tokens = next(loader).tokens
+    assert tokens.dtype == getattr(torch, dtype)
+    assert set(tokens.long().flatten().tolist()) == {largest, 0}
+    assert hash_of(make_datasets(tmp_path, dtype), [48]) == expected
 
 
 def test_only_so_many_batches_are_read_ahead(datasets: list[TokenDataset]) -> None:
