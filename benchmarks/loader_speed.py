@@ -1,11 +1,12 @@
 """How fast ready batches come: Eva's loader beside litdata and mosaicml-streaming, on the same tokens in one run.
 
-    python benchmarks/loader_speed.py                  # about 20 minutes, most of it waiting for mosaicml-streaming
+    python benchmarks/loader_speed.py                  # about 20 minutes
     python benchmarks/loader_speed.py --rounds 1 --seconds 1
 
 Each library runs in its own virtual environment under .bench/, made on demand, and reads its own format, shuffled, with
-one consumer that takes int64 batches [batch, seq_len + 1]. Rounds are interleaved; the table gives medians. Each is
-shown at the best of its numbers of workers: processes of the others, a thread of Eva's, none being the consumer itself.
+one consumer that takes batches [batch, seq_len + 1]: once in uint16, as all of them store and yield tokens, and once
+widened to int64 by the consumer. Rounds are interleaved; the table gives medians. Each is shown at the best of its
+numbers of workers: processes of the others, a thread of Eva's, none being the consumer itself.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date
-from itertools import zip_longest
+from itertools import product, zip_longest
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BENCH = ROOT / ".bench"
 LOADERS = ROOT / "benchmarks" / "loaders"
 SHAPES = ((2048, 32), (4096, 64))
+DTYPES = ("uint16", "int64")
 NUM_TOKENS = 64_000_000
 
 
@@ -36,7 +38,7 @@ class Side:
     """One library: the script that uses it, its environment (None: this one), and how it is run.
 
     `rows` are its lines of the table, with what the script is told for each; every row is measured with each number of
-    `workers`. Where `per_seq_len`, the data must be written for one sequence length.
+    `workers` in uint16, the first also in int64. Where `per_seq_len`, the data must be written for one sequence length.
     """
 
     name: str
@@ -82,7 +84,7 @@ SIDES = (
         per_seq_len=True,
     ),
 )
-Case = tuple[str, str, int, tuple[int, int]]
+Case = tuple[str, str, str, int, tuple[int, int]]
 Speeds = dict[Case, list[float]]
 
 
@@ -90,7 +92,7 @@ def main() -> None:
     """Prepares what is missing, measures, prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=3.0, help="at least so long for one number (default 3)")
+    parser.add_argument("--seconds", type=float, default=3.0, help="how long one number is measured (default 3)")
     arguments = parser.parse_args()
     work = BENCH / "loader_speed"
     make_tokens(work)
@@ -150,22 +152,28 @@ def measure(work: Path, rounds: int, seconds: float) -> Speeds:
     """Tokens a second by library, row, workers and shape; one number of each in every round."""
     speeds: Speeds = {}
     for number in range(rounds):
-        for side, row, workers, (seq_len, batch_size) in cases():
-            print(
-                f"round {number + 1}/{rounds}: {side.name}, {row}, {workers} workers, {batch_size} x {seq_len}",
-                file=sys.stderr,
-            )
-            request = side.rows[row] | {"do": "measure", "folder": str(folder_of(side, work, seq_len))}
+        for side, row, dtype, workers, (seq_len, batch_size) in cases():
+            case = f"{side.name}, {row}, {dtype}, {workers} workers, {batch_size} x {seq_len}"
+            print(f"round {number + 1}/{rounds}: {case}", file=sys.stderr)
+            request = side.rows[row] | {"do": "measure", "folder": str(folder_of(side, work, seq_len)), "dtype": dtype}
             request |= {"workers": workers, "seq_len": seq_len, "batch_size": batch_size, "seconds": seconds}
             speed = float(run(side, request).split()[-1])
-            speeds.setdefault((side.name, row, workers, (seq_len, batch_size)), []).append(speed)
+            speeds.setdefault((side.name, row, dtype, workers, (seq_len, batch_size)), []).append(speed)
     return speeds
 
 
-def cases() -> Iterator[tuple[Side, str, int, tuple[int, int]]]:
+def rows_in(side: Side, dtype: str) -> list[str]:
+    """The rows that are measured with tokens of a type."""
+    return list(side.rows)[: 1 if dtype == "int64" else None]
+
+
+def cases() -> Iterator[tuple[Side, str, str, int, tuple[int, int]]]:
     """All that is measured in a round; libraries take turns."""
-    for shape in SHAPES:
-        lists = [[(side, row, workers, shape) for row in side.rows for workers in side.workers] for side in SIDES]
+    for shape, dtype in product(SHAPES, DTYPES):
+        lists = [
+            [(side, row, dtype, workers, shape) for row in rows_in(side, dtype) for workers in side.workers]
+            for side in SIDES
+        ]
         yield from (case for turn in zip_longest(*lists) for case in turn if case)
 
 
@@ -182,19 +190,19 @@ def print_table(speeds: Speeds) -> None:
     print(
         f"\n{date.today()}, {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {TORCH}\n"
     )
-    print("| batch | loader | batches of | workers | million tokens/s (slowest to fastest) | Eva's first row is |")
-    print("|---|---|---|---|---|---|")
-    for shape in SHAPES:
+    print("| batch | tokens | loader | batches of | workers | million tokens/s (slowest to fastest) | Eva's first is |")
+    print("|---|---|---|---|---|---|---|")
+    for shape, dtype in product(SHAPES, DTYPES):
         first = None
         for side in SIDES:
-            for row in side.rows:
-                measured = {workers: speeds[side.name, row, workers, shape] for workers in side.workers}
+            for row in rows_in(side, dtype):
+                measured = {workers: speeds[side.name, row, dtype, workers, shape] for workers in side.workers}
                 best = max(measured, key=lambda workers: median(measured[workers]))
                 values = sorted(value / 1e6 for value in measured[best])
                 first = first or median(values)
                 speed = f"{median(values):.0f} ({values[0]:.0f} to {values[-1]:.0f})"
                 numbers = f"{speed} | {first / median(values):.1f}x as fast"
-                print(f"| {shape[1]} x {shape[0]} | {side.name} | {row} | {best} | {numbers} |")
+                print(f"| {shape[1]} x {shape[0]} | {dtype} | {side.name} | {row} | {best} | {numbers} |")
 
 
 if __name__ == "__main__":

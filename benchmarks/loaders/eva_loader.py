@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from timing import time_batches
 
 from data.config import DataConfig, DatasetConfig
@@ -44,7 +45,12 @@ def measure(request: dict[str, Any]) -> float:
     specs = (BatchSpec(start.advanced(number * size), size) for number in count())
     epoch = stream.datasets[0].num_tokens // (seq_len * size)
     with BatchLoader(stream, specs, prefetch=4 if request["workers"] else 0) as loader:
-        return time_batches(lambda: (batch.tokens for batch in islice(loader, epoch)), seq_len, request["seconds"])
+        return time_batches(
+            lambda: (batch.tokens for batch in islice(loader, epoch)),
+            seq_len,
+            request["seconds"],
+            getattr(torch, request["dtype"]),
+        )
 
 
 if __name__ == "__main__":

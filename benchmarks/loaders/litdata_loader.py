@@ -39,7 +39,7 @@ def measure(request: dict[str, Any]) -> float:
         request["folder"], item_loader=TokensLoader(block_size=request["seq_len"] + 1), shuffle=True, drop_last=True
     )
     loader = StreamingDataLoader(dataset, batch_size=request["batch_size"], num_workers=request["workers"])
-    return time_batches(lambda: (batch.long() for batch in loader), request["seq_len"], request["seconds"])
+    return time_batches(lambda: loader, request["seq_len"], request["seconds"], getattr(torch, request["dtype"]))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from importlib.util import module_from_spec
 from typing import Any
 
 import numpy as np
+import torch
 from timing import time_batches
 from torch.utils.data import DataLoader
 
@@ -40,7 +41,12 @@ def measure(request: dict[str, Any]) -> float:
     clean_stale_shared_memory()
     dataset = StreamingDataset(local=request["folder"], shuffle=True, batch_size=request["batch_size"])
     loader = DataLoader(dataset, request["batch_size"], num_workers=request["workers"], drop_last=True)
-    return time_batches(lambda: (batch["tokens"].long() for batch in loader), request["seq_len"], request["seconds"])
+    return time_batches(
+        lambda: (batch["tokens"] for batch in loader),
+        request["seq_len"],
+        request["seconds"],
+        getattr(torch, request["dtype"]),
+    )
 
 
 if __name__ == "__main__":
