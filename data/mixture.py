@@ -27,10 +27,10 @@ class Mixture:
         self._group = lru_cache(maxsize=2)(self._lay_group)
 
     def datasets(self, start: int, count: int) -> npt.NDArray[np.int64]:
-        """The dataset of each sample from `start` to `start + count` [count], count >= 1."""
+        """The dataset of each sample from `start` to `start + count` [count], count >= 1; not to be written to."""
         first, last = start // GROUP, -(-(start + count) // GROUP)
-        groups = np.concatenate([self._group(group) for group in range(first, last)])
-        return groups[start - first * GROUP :][:count]
+        groups = [self._group(group) for group in range(first, last)]
+        return (groups[0] if len(groups) == 1 else np.concatenate(groups))[start - first * GROUP :][:count]
 
     def before(self, sample: int) -> npt.NDArray[np.int64]:
         """How many samples each dataset gave before the one of this number [D]."""

@@ -148,14 +148,16 @@ class SampleStream:
         return np.maximum(self._window_tokens // seq_len, 1)
 
     def _shuffled(self, number: int, start: int, count: int, seq_len: int) -> npt.NDArray[np.int64]:
-        """Which samples of a dataset are its `start`-th to `start + count`-th in the shuffled order [count]."""
+        """Which samples of a dataset are its `start`-th to `start + count`-th in the shuffled order [count]; not to be
+        written to."""
         size = int(self._window_sizes(seq_len)[number])
         first, last = start // size, -(-(start + count) // size)
-        windows = [window * size + self._window_order(size, number, seq_len, window) for window in range(first, last)]
-        return np.concatenate(windows)[start - first * size :][:count]
+        windows = [self._window_order(size, number, seq_len, window) for window in range(first, last)]
+        order = windows[0] if len(windows) == 1 else np.concatenate(windows)
+        return order[start - first * size :][:count]
 
     def _lay_window_order(self, size: int, number: int, seq_len: int, window: int) -> npt.NDArray[np.int64]:
-        return permutation(size, "samples", self._seed, number, seq_len, window)
+        return window * size + permutation(size, "samples", self._seed, number, seq_len, window)
 
 
 class ValidationSamples:
