@@ -10,6 +10,7 @@ output and attends in the latent space ("absorbed"), which reads far less memory
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +22,39 @@ from model.norm import RMSNorm
 from model.rope import apply_rotary, softmax_scale
 
 
+class SequenceParts(Protocol):
+    """Positions that are divided over `size` processes, of which this is the one at `place`: s = S / size of them are
+    here, a run of neighbours, and h = H / size of the heads are attended here."""
+
+    place: int
+    size: int
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[B, s, ...] of every process to [B, S, ...]."""
+        ...
+
+    def to_heads(self, x: Tensor) -> Tensor:
+        """All heads of some positions, [B, s, H, d], to some heads of all positions, [B, S, h, d]."""
+        ...
+
+    def to_positions(self, x: Tensor) -> Tensor:
+        """The inverse of `to_heads`."""
+        ...
+
+    def sum(self, counts: Tensor) -> Tensor:
+        """The sum over processes, outside autograd."""
+        ...
+
+
 @dataclass(frozen=True)
 class AttentionContext:
-    """What every layer needs to know of the positions: `rotary` [S, P/2, 2] and, unless plainly causal, a boolean
-    `mask` [B or 1, 1, S, keys] that is true where a query may look."""
+    """What every layer needs to know of the positions: `rotary` [S, P/2, 2] of those that are here and, unless plainly
+    causal, a boolean `mask` [B or 1, 1, S, keys] that is true where a query may look; `parts` where other processes
+    have other positions."""
 
     rotary: Tensor
     mask: Tensor | None = None
+    parts: SequenceParts | None = None
 
 
 class LatentCache:
@@ -78,6 +105,8 @@ class MultiHeadLatentAttention(nn.Module):
         if cache is not None:
             entries = cache.append(torch.cat((latents, k_rope), dim=-1))
             latents, k_rope = entries.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], dim=-1)
+        if context.parts is not None:
+            return self.o_proj(self._attend_in_parts(q_nope, q_rope, latents, k_rope, context).flatten(-2))
         attend = self._attend_in_latent_space if absorbed else self._attend
         return self.o_proj(attend(q_nope, q_rope, latents, k_rope, context.mask).flatten(-2))
 
@@ -99,17 +128,35 @@ class MultiHeadLatentAttention(nn.Module):
 
     def _attend(self, q_nope: Tensor, q_rope: Tensor, latents: Tensor, k_rope: Tensor, mask: Tensor | None) -> Tensor:
         """Decompresses keys and values; returns [B, S, H, v_head_dim]."""
-        config = self.config
-        k_nope, v = (
-            self.kv_b_proj(latents)
-            .unflatten(-1, (config.num_attention_heads, -1))
-            .split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
+        return self._attend_to(torch.cat((q_nope, q_rope), dim=-1), self.kv_b_proj(latents), k_rope, mask)
+
+    def _attend_in_parts(
+        self, q_nope: Tensor, q_rope: Tensor, latents: Tensor, k_rope: Tensor, context: AttentionContext
+    ) -> Tensor:
+        """The same where others have the other positions: this process attends some of the heads at all of them."""
+        parts = context.parts
+        assert parts is not None
+        q = parts.to_heads(torch.cat((q_nope, q_rope), dim=-1))
+        width = self.kv_b_proj.weight.shape[0] // parts.size
+        rows = slice(parts.place * width, (parts.place + 1) * width)
+        keys_and_values = self.kv_b_proj(parts.gather(latents), rows)
+        return parts.to_positions(self._attend_to(q, keys_and_values, parts.gather(k_rope), context.mask))
+
+    def _attend_to(self, q: Tensor, keys_and_values: Tensor, k_rope: Tensor, mask: Tensor | None) -> Tensor:
+        """Queries [B, S, h, qk_head_dim], decompressed [B, S, h · (qk_nope_head_dim + v_head_dim)], rotary keys
+        [B, S, P] to [B, S, h, v_head_dim], for any number h of heads."""
+        config, num_heads = self.config, q.shape[2]
+        k_nope, v = keys_and_values.unflatten(-1, (num_heads, -1)).split(
+            [config.qk_nope_head_dim, config.v_head_dim], dim=-1
         )
-        k_rope_of_heads = k_rope.unsqueeze(-2).expand(-1, -1, config.num_attention_heads, -1)
-        q = torch.cat((q_nope, q_rope), dim=-1).transpose(1, 2)
-        k = torch.cat((k_nope, k_rope_of_heads), dim=-1).transpose(1, 2)
+        k = torch.cat((k_nope, k_rope.unsqueeze(-2).expand(-1, -1, num_heads, -1)), dim=-1)
         out = F.scaled_dot_product_attention(
-            q, k, v.transpose(1, 2), attn_mask=mask, is_causal=mask is None, scale=self.scale
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.scale,
         )
         return out.transpose(1, 2)
 

@@ -93,7 +93,7 @@ class Block(nn.Module):
             return Attended(residual, normed, None, None)
         route = self.mlp.gate(normed.flatten(0, 1))
         scores = route.scores.view(*normed.shape[:2], -1)
-        balance_loss = sequence_balance_loss(scores, num_chosen=self.config.num_experts_per_tok)
+        balance_loss = sequence_balance_loss(scores, num_chosen=self.config.num_experts_per_tok, parts=context.parts)
         with torch.no_grad():
             load = count_load(route.experts, self.config.n_routed_experts)
         return Attended(residual, normed, route, RouterStats(balance_loss, load))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model.attention import SequenceParts
 from model.config import ModelConfig
 
 BIAS_NAME = "e_score_correction_bias"
@@ -71,15 +72,19 @@ def count_load(experts: Tensor, num_experts: int) -> Tensor:
     return torch.bincount(experts.flatten(), minlength=num_experts)
 
 
-def sequence_balance_loss(scores: Tensor, *, num_chosen: int) -> Tensor:
+def sequence_balance_loss(scores: Tensor, *, num_chosen: int, parts: SequenceParts | None = None) -> Tensor:
     """Mean over sequences of Σ f_i P_i (report, equations 17 to 20, without α); scores [B, S, E] to a scalar.
 
-    f_i is E/(K·S) times how often expert i is among the K best affinities, P_i the mean of its normalised affinity.
+    f_i is E/(K·S) times how often expert i is among the K best affinities, P_i the mean of its normalised affinity. Of
+    sequences in `parts`, f_i counts all positions and P_i those that are here; the mean over parts is the whole loss.
     """
     num_positions, num_experts = scores.shape[1:]
     best = _best(scores.detach(), num_chosen)
     chosen = torch.zeros_like(scores, requires_grad=False).scatter_(-1, best, 1.0)
-    frequency = chosen.sum(1) * (num_experts / (num_chosen * num_positions))
+    counts = chosen.sum(1)
+    if parts is not None:
+        counts, num_positions = parts.sum(counts), num_positions * parts.size
+    frequency = counts * (num_experts / (num_chosen * num_positions))
     probability = (scores / scores.sum(-1, keepdim=True)).mean(1)
     return (frequency * probability).sum(-1).mean()
 

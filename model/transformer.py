@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.attention import AttentionContext, LatentCache, causal_mask, document_mask
+from model.attention import AttentionContext, LatentCache, SequenceParts, causal_mask, document_mask
 from model.block import Block, MultiTokenBlock, RouterStats
 from model.config import ModelConfig
 from model.linear import WeightGradients
@@ -161,12 +161,18 @@ class Transformer(nn.Module):
         assert isinstance(block, MultiTokenBlock)
         return block
 
-    def training_context(self, num_positions: int, documents: Tensor | None) -> AttentionContext:
-        """Positions 0 to `num_positions`, attending inside `documents` [B, >= num_positions] where they are given."""
-        context = self._context(num_positions)
-        if documents is None:
-            return context
-        return AttentionContext(context.rotary, document_mask(documents[:, :num_positions]))
+    def training_context(
+        self, num_positions: int, documents: Tensor | None, parts: SequenceParts | None = None
+    ) -> AttentionContext:
+        """For sequences of `num_positions`, attending inside `documents` [B, >= num_positions] where they are given; of
+        sequences in `parts`, the context of the positions that are here."""
+        mask = None if documents is None else document_mask(documents[:, :num_positions])
+        if parts is None:
+            return AttentionContext(self._context(num_positions).rotary, mask)
+        num_here = num_positions // parts.size
+        positions = torch.arange(parts.place * num_here, (parts.place + 1) * num_here, device=self.frequencies.device)
+        rotary = rotary_table(self.frequencies, positions, scaling=self.config.rope_scaling)
+        return AttentionContext(rotary, mask, parts)
 
     def _context(self, num_positions: int, *, past: int = 0) -> AttentionContext:
         device = self.frequencies.device

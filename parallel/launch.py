@@ -21,12 +21,14 @@ class LaunchError(ValueError):
 
 @dataclass(frozen=True)
 class Place:
-    """This process: `rank` of `world_size`, `local_rank` on its machine, and the device it computes on."""
+    """This process: `rank` of `world_size`, `local_rank` of `node_size` (0: unknown) on its machine, and the device it
+    computes on."""
 
     rank: int
     world_size: int
     local_rank: int
     device: torch.device
+    node_size: int = 0
 
     @property
     def is_first(self) -> bool:
@@ -42,14 +44,15 @@ def find_place(environment: Mapping[str, str] | None = None) -> Place:
     local_rank = _integer(environment, "LOCAL_RANK", "SLURM_LOCALID")
     if not 0 <= rank < world_size:
         raise LaunchError(f"RANK = {rank} must lie below WORLD_SIZE = {world_size}; start with torchrun or srun")
+    node_size = _integer(environment, "LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE")
     if not torch.cuda.is_available():
-        return Place(rank, world_size, local_rank, torch.device("cpu"))
+        return Place(rank, world_size, local_rank, torch.device("cpu"), node_size)
     if local_rank >= torch.cuda.device_count():
         raise LaunchError(
             f"LOCAL_RANK = {local_rank} has no GPU of its own: {torch.cuda.device_count()} are visible; "
             "lower --nproc-per-node"
         )
-    return Place(rank, world_size, local_rank, torch.device("cuda", local_rank))
+    return Place(rank, world_size, local_rank, torch.device("cuda", local_rank), node_size)
 
 
 def join_processes(place: Place) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from torch import distributed as dist
 
 Partition = list[tuple[int, ...]]
+_KEYS = {"world_size": "world size", "pp": "parallel.pp", "ep": "parallel.ep", "cp": "parallel.cp"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,19 +34,22 @@ class MeshShape:
     def __post_init__(self) -> None:
         for name in ("world_size", "pp", "ep", "cp"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+                raise ValueError(f"{_KEYS[name]} = {getattr(self, name)} must be at least 1")
         if self.world_size % (self.pp * self.cp):
             raise ValueError(
-                f"{self.world_size} ranks cannot be divided into pp × cp = {self.pp} × {self.cp} = "
-                f"{self.pp * self.cp}; use a multiple of it, or lower pp or cp"
+                f"{self.world_size} ranks cannot be divided into parallel.pp × parallel.cp = {self.pp} × {self.cp} = "
+                f"{self.pp * self.cp}; use a multiple of it, or lower one of them"
             )
         if self.batch_ranks % self.ep:
             raise ValueError(
-                f"ep = {self.ep} must divide the dp × cp = {self.dp} × {self.cp} = {self.batch_ranks} ranks that each "
-                f"pipeline rank of {self.world_size} / pp = {self.pp} has; use {_nearest_divisors(self.batch_ranks, self.ep)}"
+                f"parallel.ep = {self.ep} must divide the dp × cp = {self.dp} × {self.cp} = {self.batch_ranks} ranks "
+                f"that {self.world_size} ranks with parallel.pp = {self.pp} have for each part of the layers; use "
+                f"{_nearest_divisors(self.batch_ranks, self.ep)}"
             )
         if self.bidirectional and self.pp % 2:
-            raise ValueError(f"pp = {self.pp} must be even for dualpipe, in which ranks hold the stages in pairs")
+            raise ValueError(
+                f'parallel.pp = {self.pp} must be even for schedule = "dualpipe", where ranks hold the stages in pairs'
+            )
 
     @property
     def batch_ranks(self) -> int:

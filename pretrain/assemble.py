@@ -10,10 +10,12 @@ import torch
 
 from data.errors import DataError
 from data.stream import SampleStream, open_stream
-from model.init import initialize
 from model.transformer import Transformer
+from parallel.build import build_executor, build_model, shared_parameters
+from parallel.executor import Executor
 from parallel.launch import Place, gather_texts
-from parallel.zero import ZeroOptimizer
+from parallel.mesh import Mesh, make_mesh
+from parallel.zero import Optimizer, ZeroConfig, make_optimizer
 from pretrain.config import Config
 from pretrain.errors import SharedError, UserError
 from pretrain.timeline import Timeline
@@ -23,14 +25,16 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Assembly:
-    """The parts of a run on this process."""
+    """The parts of a run on this process; `model` is the part of the network that lives here."""
 
     config: Config
     place: Place
+    mesh: Mesh
     timeline: Timeline
     stream: SampleStream
     model: Transformer
-    optimizer: ZeroOptimizer
+    optimizer: Optimizer
+    executor: Executor
 
     @property
     def folder(self) -> Path:
@@ -64,16 +68,20 @@ def assemble(config: Config, place: Place, stream: SampleStream) -> Assembly:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(config.run.seed)
-    model = Transformer(config.model)
-    initialize(model, config.model, seed=config.run.seed)
-    model.to(place.device)
-    optimizer = ZeroOptimizer(
+    parallel = config.parallel
+    mesh = make_mesh(parallel.mesh_shape(place.world_size, node_size=place.node_size))
+    model = build_model(config.model, parallel, mesh, seed=config.run.seed, device=place.device)
+    optimizer = make_optimizer(
         model,
+        mesh=mesh,
         config=config.optimizer,
+        zero=ZeroConfig(stage=parallel.zero_stage, offload="cpu" if parallel.optimizer_offload else "none"),
         dtype=DTYPES[config.precision.dtype],
         micro_batch_size=config.train.micro_batch_size,
+        shared=shared_parameters(model, mesh),
     )
-    return Assembly(config, place, config.full_timeline, stream, model, optimizer)
+    executor = build_executor(model, parallel, mesh, defers=optimizer.defers_weight_gradients)
+    return Assembly(config, place, mesh, config.full_timeline, stream, model, optimizer, executor)
 
 
 def _check_sizes(config: Config, place: Place) -> None:

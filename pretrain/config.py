@@ -20,6 +20,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from data.config import DataConfig
 from model.config import ModelConfig
+from parallel.build import check_model
+from parallel.config import ParallelConfig
+from parallel.schedule import make_schedule
 from parallel.zero import OptimizerConfig
 from pretrain.errors import UserError
 from pretrain.timeline import Timeline, TimelineConfig, value_at
@@ -28,8 +31,6 @@ Table = dict[str, Any]
 
 _NOT_YET = {
     "checkpoint.async": "checkpoints written in the background",
-    "parallel.recompute": "recomputation of activations",
-    "parallel.schedule": "pipeline schedules",
 }
 
 
@@ -91,16 +92,6 @@ class PrecisionConfig:
 
     dtype: Literal["bf16", "fp32"] = "bf16"
     fp8: Literal["off"] = "off"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParallelConfig:
-    """`[parallel]`: how the ranks are used; data parallelism takes what the others leave of the world size."""
-
-    pp: Literal[1] = 1
-    ep: Literal[1] = 1
-    cp: Literal[1] = 1
-    zero_stage: Literal[1] = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,23 +183,41 @@ def dump_toml(table: Table) -> str:
 
 
 def check_layout(config: Config, world_size: int) -> None:
-    """Checks that every batch of the timeline divides over the ranks. Raises UserError."""
-    share = world_size * config.train.micro_batch_size
-    batch = config.timeline.batch_size
-    if batch is None:
-        key, sizes = "train.batch_size", [config.full_timeline.at(0).batch_size]
-    elif isinstance(batch, tuple) and any(piece.shape != "constant" for piece in batch):
-        key, sizes = "timeline.batch_size_multiple", [config.timeline.batch_size_multiple]
-    else:
-        tokens = [0, *config.full_timeline.boundaries()]
-        key, sizes = "timeline.batch_size", [config.full_timeline.at(seen).batch_size for seen in tokens]
+    """Checks that ranks, layers, experts and every batch of the timeline divide. Raises UserError."""
+    try:
+        shape = config.parallel.mesh_shape(world_size)
+        check_model(config.model, config.parallel)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    share = shape.dp * config.train.micro_batch_size
+    key, sizes = _batch_sizes(config)
     for size in sizes:
         if size % share:
             nearest = sorted({max(size // share, 1) * share, (size // share + 1) * share})
             raise UserError(
                 f"{key} = {size} must be a multiple of train.micro_batch_size × data ranks = "
-                f"{config.train.micro_batch_size} × {world_size} = {share}; use {' or '.join(map(str, nearest))}"
+                f"{config.train.micro_batch_size} × {shape.dp} = {share}; use {' or '.join(map(str, nearest))}"
             )
+    first = config.full_timeline.at(0).batch_size
+    for size in {first, *(size if key != "timeline.batch_size_multiple" else first + size for size in sizes)}:
+        try:
+            make_schedule(config.parallel.schedule, num_ranks=shape.pp, num_micro_batches=size // share)
+        except ValueError as error:
+            raise UserError(
+                f"a batch of {size} sequences is {size // share} micro-batches of {config.train.micro_batch_size} for "
+                f"each of {shape.dp} data ranks: {error}"
+            ) from None
+
+
+def _batch_sizes(config: Config) -> tuple[str, list[int]]:
+    """The key that sets the batch, and the sizes (of a ramp: their common divisor) that must divide."""
+    batch = config.timeline.batch_size
+    if batch is None:
+        return "train.batch_size", [config.full_timeline.at(0).batch_size]
+    if isinstance(batch, tuple) and any(piece.shape != "constant" for piece in batch):
+        return "timeline.batch_size_multiple", [config.timeline.batch_size_multiple]
+    tokens = [0, *config.full_timeline.boundaries()]
+    return "timeline.batch_size", [config.full_timeline.at(seen).batch_size for seen in tokens]
 
 
 def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> Table:

@@ -8,7 +8,8 @@ import torch
 from data.dataset import open_dataset
 from data.stream import ValidationSamples
 from model.config import ModelConfig
-from model.transformer import Transformer
+from parallel.chunk import MicroBatch
+from parallel.executor import Executor
 from parallel.launch import Place, sum_over_processes
 from pretrain.config import Config
 
@@ -24,16 +25,21 @@ class HeldOut:
         """Samples of all datasets together."""
         return sum(len(part) for part in self.parts)
 
-    @torch.inference_mode()
-    def loss(self, model: Transformer, place: Place, micro_batch_size: int) -> float:
-        """Mean of −log p in nats a token, each process scoring its share. All processes must call it."""
+    def loss(self, executor: Executor, place: Place, micro_batch_size: int) -> float:
+        """Mean of −log p in nats a token, each data rank scoring its share. All processes must call it."""
+        shape = executor.mesh.shape
+        counts_here = shape.pp_rank(place.rank) == 0
         sums = torch.zeros(2, dtype=torch.float64, device=place.device)
         for part in self.parts:
-            for start in range(place.rank * micro_batch_size, len(part), place.world_size * micro_batch_size):
-                samples = part.read(start, min(micro_batch_size, len(part) - start))
+            for first in range(0, len(part), shape.dp * micro_batch_size):
+                start = first + shape.dp_rank(place.rank) * micro_batch_size
+                count = max(0, min(micro_batch_size, len(part) - start))
+                # Ranks for which nothing is left keep the others company, whose experts they hold.
+                samples = part.read(start, count) if count else part.read(0, 1)
                 tokens = torch.from_numpy(samples.tokens).to(place.device).long()
                 documents = None if samples.documents is None else torch.from_numpy(samples.documents).to(place.device)
-                sums += sums.new_tensor([float(model(tokens, documents).lm_loss) * len(tokens), len(tokens)])
+                loss = executor.evaluate([MicroBatch(tokens, documents)]).losses[0]
+                sums += torch.stack((loss * count, loss.new_tensor(counts_here * count)))
         total, count = sum_over_processes(sums).tolist()
         return total / count
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from data.loader import BatchLoader, BatchSpec
 from data.stream import SampleStream
-from model.counts import training_flops_per_token
+from model.counts import count_parameters, training_flops_per_token
 from parallel.launch import Place
 from pretrain.assemble import DTYPES, Assembly, assemble, failing_together, open_data, verify_data
 from pretrain.config import Config, TrainConfig, dump_config
@@ -55,8 +55,8 @@ def _loop(run: Assembly, state: TrainState, held_out: HeldOut | None, recorder: 
     with BatchLoader(
         run.stream,
         plan_batches(run.timeline, run.stream, state, train_config),
-        dp_rank=run.place.rank,
-        dp_size=run.place.world_size,
+        dp_rank=run.mesh.shape.dp_rank(run.place.rank),
+        dp_size=run.mesh.shape.dp,
         prefetch=run.config.data.prefetch,
         pin_memory=run.place.device.type == "cuda",
     ) as batches:
@@ -71,7 +71,7 @@ def _loop(run: Assembly, state: TrainState, held_out: HeldOut | None, recorder: 
             if held_out and (
                 state.step % train_config.validate_every == 0 or train_config.is_end(state.step, state.tokens)
             ):
-                metrics["val_loss"] = held_out.loss(run.model, run.place, train_config.micro_batch_size)
+                metrics["val_loss"] = held_out.loss(run.executor, run.place, train_config.micro_batch_size)
             recorder.record(metrics)
             if run.config.checkpoint.every and state.step % run.config.checkpoint.every == 0:
                 saved_step = _save(run, state, recorder)
@@ -184,7 +184,7 @@ def _open_recorder(run: Assembly, state: TrainState) -> Recorder:
 
 
 def _describe_start(run: Assembly, state: TrainState) -> str:
-    parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    parameters = count_parameters(run.config.model).trained
     begin = f"resumed after step {state.step:,}" if state.step else "started"
     processes = f"{run.place.world_size} process" + ("es" if run.place.world_size > 1 else "")
     return f"{begin}: {run.folder}, {parameters:,} parameters, {processes} on {run.place.device.type}"

@@ -10,7 +10,10 @@ from rich.table import Table
 from data.dataset import open_dataset
 from data.ngram import ngram_entropies
 from model.config import ModelConfig
+from parallel.build import build_executor
+from parallel.config import ParallelConfig
 from parallel.launch import Place
+from parallel.mesh import MeshShape, make_mesh
 from pretrain.errors import UserError
 from pretrain.evaluate import HeldOut, open_samples
 from pretrain.weights import open_weights
@@ -31,6 +34,8 @@ def print_perplexity(
     weights = open_weights(checkpoint)
     seq_len = weights.context_length if seq_len is None else seq_len
     model = weights.build(place.device, torch.bfloat16 if place.device.type == "cuda" else torch.float32)
+    mesh = make_mesh(MeshShape(world_size=place.world_size))
+    executor = build_executor(model, ParallelConfig(), mesh, defers=False)
     for folder in folders:
         _check_length(folder, weights.config, seq_len)
         samples = open_samples(
@@ -40,7 +45,7 @@ def print_perplexity(
             limit=limit,
             cross_document_attention=weights.cross_document_attention,
         )
-        loss = HeldOut((samples,)).loss(model, place, micro_batch_size)
+        loss = HeldOut((samples,)).loss(executor, place, micro_batch_size)
         rows = [(f"{weights.reader.folder.name}", loss)]
         if baselines:
             train = open_dataset(folder, "train", vocab_size=weights.config.vocab_size)

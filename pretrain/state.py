@@ -72,13 +72,14 @@ def save(run: Assembly, state: TrainState) -> None:
     said = ""
     with failing_together():
         entries = writer.write_tensors(run.place.rank, _tensors_to_save(run))
-        said = json.dumps({name: asdict(entry) for name, entry in entries.items()})
+        shapes = {shard.name: shard.shape for shard in run.optimizer.shards() if shard.owned}
+        said = json.dumps({"files": {name: asdict(entry) for name, entry in entries.items()}, "shapes": shapes})
     parts = [json.loads(text) for text in gather_texts(said)]
     with failing_together():
         if run.place.is_first:
             writer.commit(
-                files={name: FileEntry(**entry) for part in parts for name, entry in part.items()},
-                shapes={name: tuple(parameter.shape) for name, parameter in run.model.named_parameters()},
+                files={name: FileEntry(**entry) for part in parts for name, entry in part["files"].items()},
+                shapes={name: tuple(shape) for part in parts for name, shape in part["shapes"].items()},
                 state={
                     "train": state.to_json(),
                     "data": run.stream.fingerprint,
@@ -115,11 +116,12 @@ def _tensors_to_save(run: Assembly) -> dict[str, Tensor]:
     tensors = {
         f"{kind}/{shard.name}@{shard.start}": tensor
         for shard in run.optimizer.shards()
+        if shard.owned
         for kind, tensor in shard.tensors.items()
     }
     for name, generator_state in _random_states(run).items():
         tensors[f"rng/{name}@0"] = generator_state
-    if run.place.is_first:
+    if any(ranks[0] == run.place.rank for ranks in run.mesh.shape.replicas()):
         for name, buffer in _expert_biases(run).items():
             tensors[f"buffer/{name}@0"] = buffer
     return tensors

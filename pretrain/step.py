@@ -8,6 +8,7 @@ from torch import Tensor
 
 from data.loader import Batch
 from model.router import update_bias
+from parallel.chunk import LossWeights, MicroBatch
 from parallel.launch import sum_over_processes
 from pretrain.assemble import Assembly
 from pretrain.timeline import TimelineValues
@@ -35,15 +36,15 @@ class StepResult:
 def train_step(run: Assembly, batch: Batch, values: TimelineValues, *, stop_requested: bool) -> StepResult:
     """Runs one step over this rank's part of a batch."""
     sums, load = _accumulate_gradients(run, batch, values)
-    ranks = run.place.world_size
-    totals = torch.cat((sums / ranks, sums.new_tensor([stop_requested]), load.flatten().to(sums.dtype)))
+    totals = torch.cat((sums, sums.new_tensor([stop_requested]), load.flatten().to(sums.dtype)))
     totals = sum_over_processes(totals).cpu()
     lm_loss, mtp_loss, balance_loss, stops = totals[:4].tolist()
     total_load = totals[4:].view(load.shape)
 
     grad_norm, updated = run.optimizer.step(values.learning_rate)
     if updated:
-        for bias, layer_load in zip(run.model.expert_biases().values(), total_load, strict=True):
+        for layer, bias in run.model.expert_biases().items():
+            layer_load = total_load[run.config.model.moe_layers.index(layer)]
             update_bias(bias, layer_load.to(bias.device), values.bias_update_speed)
     return StepResult(
         loss=lm_loss + values.mtp_weight * mtp_loss + run.config.model.aux_loss_alpha * balance_loss,
@@ -58,26 +59,26 @@ def train_step(run: Assembly, batch: Batch, values: TimelineValues, *, stop_requ
 
 
 def _accumulate_gradients(run: Assembly, batch: Batch, values: TimelineValues) -> tuple[Tensor, Tensor]:
-    """Adds up the gradient of the rank's mean loss; returns its mean losses [3] in fp64 and the summed load."""
+    """Adds up the gradient of the mean loss over the micro-batches of this rank's pipeline. Returns this rank's share
+    of the global mean losses [3] in fp64, and the tokens that it sent to experts, [MoE layers, E]."""
     micro_batches = _micro_batches(run, batch)
-    alpha = run.config.model.aux_loss_alpha
-    sums = torch.zeros(3, dtype=torch.float64, device=run.place.device)
-    load: Tensor | None = None
-    for tokens, documents in micro_batches:
-        losses = run.model(tokens, documents)
-        loss = losses.lm_loss + values.mtp_weight * losses.mtp_loss + alpha * losses.balance_loss
-        (loss / len(micro_batches)).backward()
-        run.optimizer.end_micro_batch()
-        sums += torch.stack((losses.lm_loss, losses.mtp_loss, losses.balance_loss)).detach() / len(micro_batches)
-        load = losses.load if load is None else load + losses.load
-    assert load is not None
-    return sums, load
+    model, shape = run.config.model, run.mesh.shape
+    # In both directions of a bidirectional pipeline half of them pass, and optimizers take the mean over directions.
+    each = (2 if shape.bidirectional else 1) / len(micro_batches)
+    weights = LossWeights(each, each * values.mtp_weight, each * model.aux_loss_alpha)
+    with run.optimizer.accumulating():
+        outcome = run.executor.train(micro_batches, weights)
+    load = torch.zeros(len(model.moe_layers), model.n_routed_experts, dtype=torch.int64, device=run.place.device)
+    for layer, counts in outcome.load.items():
+        load[model.moe_layers.index(layer)] = counts
+    return outcome.losses / (len(micro_batches) * shape.batch_ranks), load
 
 
-def _micro_batches(run: Assembly, batch: Batch) -> list[tuple[Tensor, Tensor | None]]:
+def _micro_batches(run: Assembly, batch: Batch) -> list[MicroBatch]:
     size, device = run.config.train.micro_batch_size, run.place.device
+    # Tokens are widened where they are used, so that as few bytes as possible are moved.
     tokens = [part.to(device, non_blocking=True).long() for part in batch.tokens.split(size)]
     if batch.documents is None:
-        return [(part, None) for part in tokens]
+        return [MicroBatch(part) for part in tokens]
     documents = [part.to(device, non_blocking=True) for part in batch.documents.split(size)]
-    return list(zip(tokens, documents, strict=True))
+    return [MicroBatch(*pair) for pair in zip(tokens, documents, strict=True)]

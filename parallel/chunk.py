@@ -1,0 +1,153 @@
+"""The forward pass of some layers over one micro-batch, in segments on a tape.
+
+It computes what `Transformer.forward` does, from the same parts of the model, but experts may live elsewhere and the
+layers before and after on other ranks.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from model.attention import AttentionContext, SequenceParts
+from model.block import Block
+from model.config import ModelConfig
+from model.experts import RoutedRows
+from model.transformer import Transformer
+from parallel.dispatch import Dispatcher
+from parallel.tape import Steps, Tape
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Tokens [B, S + 1 + depth] and, where attention stays inside documents, their ids of the same shape; of whole
+    sequences, whether or not their positions are divided."""
+
+    tokens: Tensor
+    documents: Tensor | None = None
+
+    def num_positions(self, config: ModelConfig) -> int:
+        """S, the positions of a sequence that predict."""
+        return self.tokens.shape[1] - 1 - config.num_nextn_predict_layers
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """What a micro-batch's losses count for in the gradient: lm_loss, mtp_loss and balance_loss."""
+
+    lm: float
+    mtp: float
+    balance: float
+
+
+@dataclass
+class Outcome:
+    """What the forward passes of a step leave behind on this rank: summed losses [3] (lm, mtp, balance) in fp64, and
+    the tokens of each expert by layer, [E] int64."""
+
+    losses: Tensor
+    load: dict[int, Tensor] = field(default_factory=dict)
+
+    def add_load(self, layer: int, load: Tensor) -> None:
+        """Counts a micro-batch."""
+        self.load[layer] = self.load[layer] + load if layer in self.load else load
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive main layers of a model part on this rank; the first chunk begins with the embedding, the last ends
+    with head and multi-token prediction."""
+
+    model: Transformer
+    layers: tuple[int, ...]
+    is_first: bool
+    is_last: bool
+    dispatcher: Dispatcher
+    parts: SequenceParts | None = None
+    recompute_blocks: bool = False
+
+    def forward(
+        self, tape: Tape, x: Tensor | None, batch: MicroBatch, weights: LossWeights, outcome: Outcome
+    ) -> Steps[Tensor | None]:
+        """Takes the states of the chunk before, a leaf [B, S, D] (None in the first); gives states for the next, a
+        leaf, or nothing in the last, which leaves the losses in `outcome`."""
+        config = self.model.config
+        num_positions = batch.num_positions(config)
+        context = self.model.training_context(num_positions, batch.documents, self.parts)
+        tokens = batch.tokens
+        if self.parts is not None:
+            num_positions //= self.parts.size
+            first = self.parts.place * num_positions
+            tokens = tokens[:, first : first + num_positions + 1 + config.num_nextn_predict_layers]
+        if self.is_first:
+            (x,) = tape.cut(self.model.embed_tokens(tokens[:, :num_positions]))
+        assert x is not None
+        for index in self.layers:
+            x = yield from self._block(index, tape, x, context, weights, outcome)
+        if not self.is_last:
+            return x
+        yield from self._losses(tape, x, tokens, context, weights, outcome)
+        return None
+
+    def _block(
+        self, index: int, tape: Tape, x: Tensor, context: AttentionContext, weights: LossWeights, outcome: Outcome
+    ) -> Steps[Tensor]:
+        block = self.model.block(index)
+        if not self.recompute_blocks:
+            return (yield from self._run_block(block, context, weights, outcome, tape, x))
+        # The second run counts into an outcome that nobody reads.
+        forgotten = Outcome(torch.zeros_like(outcome.losses))
+        first = [outcome]
+
+        def part(tape: Tape, x: Tensor) -> Steps[Tensor]:
+            counted = first.pop() if first else forgotten
+            return self._run_block(block, context, weights, counted, tape, x)
+
+        return (yield from tape.run_twice(part, x))
+
+    def _run_block(
+        self, block: Block, context: AttentionContext, weights: LossWeights, outcome: Outcome, tape: Tape, x: Tensor
+    ) -> Steps[Tensor]:
+        attended = block.attend(x, context)
+        if attended.route is None or attended.stats is None:
+            shared = block.shared(attended.normed)
+            (out,) = tape.cut(attended.residual if shared is None else attended.residual + shared)
+            return out
+        balance_loss = attended.stats.balance_loss
+        outcome.add_load(block.index, attended.stats.load)
+        outcome.losses[2] += balance_loss.detach()
+        residual, normed, choice_weights = tape.cut(
+            attended.residual, attended.normed, attended.route.weights, roots=[(balance_loss, weights.balance)]
+        )
+        choices = RoutedRows(normed.flatten(0, 1), attended.route.experts, choice_weights)
+        arrived, ways = yield from self.dispatcher.dispatch(tape, choices)
+        shared = block.shared(normed)
+        routed = yield from self.dispatcher.combine(tape, block.routed(arrived), ways)
+        out = residual + routed.view_as(residual)
+        (out,) = tape.cut(out if shared is None else out + shared)
+        return out
+
+    def _losses(
+        self,
+        tape: Tape,
+        x: Tensor,
+        tokens: Tensor,
+        context: AttentionContext,
+        weights: LossWeights,
+        outcome: Outcome,
+    ) -> Steps[None]:
+        model = self.model
+        num_positions, depths = x.shape[1], model.config.num_nextn_predict_layers
+        (hidden,) = tape.cut(model.norm(x))
+        lm_loss = model.lm_head(hidden, tokens[:, 1 : num_positions + 1])
+        outcome.losses[0] += lm_loss.detach()
+        tape.cut(roots=[(lm_loss, weights.lm)])
+        for depth in range(1, depths + 1):
+            block = model.multi_token_block(depth)
+            embedded = model.embed_tokens(tokens[:, depth : num_positions + depth])
+            (x,) = tape.cut(block.join(embedded, hidden))
+            x = yield from self._block(block.index, tape, x, context, weights, outcome)
+            (hidden,) = tape.cut(block.shared_head.norm(x))
+            mtp_loss = model.lm_head(hidden, tokens[:, depth + 1 : num_positions + depth + 1])
+            outcome.losses[1] += mtp_loss.detach() / depths
+            tape.cut(roots=[(mtp_loss, weights.mtp / depths)])

@@ -1,0 +1,45 @@
+"""The `[parallel]` table: how the ranks of a run are used."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from parallel.mesh import MeshShape
+
+ScheduleName = Literal["1f1b", "zb1p", "zbv", "dualpipe", "dualpipev"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """`pp` ranks divide the layers, `ep` the experts, `cp` the positions of a sequence; data parallelism takes what is
+    left of the world size. `schedule` orders the pipeline's work, `zero_stage` says what of optimizer, gradients and
+    weights is divided over data ranks, `optimizer_offload` keeps masters and moments in the CPU's memory. What
+    `recompute` lists is computed again in the backward pass instead of kept: "block" is a whole layer."""
+
+    pp: int = 1
+    ep: int = 1
+    cp: int = 1
+    schedule: ScheduleName = "1f1b"
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    optimizer_offload: bool = False
+    recompute: tuple[Literal["block"], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("pp", "ep", "cp"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        if self.zero_stage > 1 and self.pp > 1:
+            raise ValueError(
+                f"zero_stage = {self.zero_stage} needs pp = 1, not {self.pp}: with a pipeline, gradients and weights "
+                "are needed whole until the step ends; use zero_stage = 1"
+            )
+
+    def mesh_shape(self, world_size: int, *, node_size: int = 0) -> MeshShape:
+        """The mesh of so many ranks. Raises ValueError where they do not divide."""
+        return MeshShape(
+            world_size=world_size,
+            pp=self.pp,
+            ep=self.ep,
+            cp=self.cp,
+            bidirectional=self.schedule == "dualpipe",
+            node_size=node_size,
+        )

@@ -1,0 +1,214 @@
+"""A forward pass in segments, with communication between them, and its backward pass.
+
+Autograd runs a backward pass in one go, in which communication hides under nothing. Here a forward pass is cut where
+something is sent: each segment is an autograd graph of its own, its inputs detached, and a `Tape` keeps what the
+backward pass needs, in order. Both passes are generators that yield whenever a transfer has been launched and not yet
+waited for, so whoever drives two of them in turns hides the transfers of one under the computation of the other:
+
+    attend ─ launch ─ yield ─ wait ─ experts ─ launch ─ yield ─ wait ─ combine          forward
+    combine ─ launch ─ yield ─ wait ─ experts ─ launch ─ yield ─ wait ─ attend          backward
+
+Tensors that pass between segments are leaves. A leaf adds up the gradients of all segments that use it.
+"""
+
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+Steps = Generator[None, None, T]
+
+
+class Flight(Protocol):
+    """A transfer under way."""
+
+    def wait(self) -> tuple[Tensor, ...]:
+        """What arrived."""
+        ...
+
+
+class Exchange(Protocol):
+    """A transfer between ranks, and the transfer of its gradients the other way."""
+
+    def send(self, *tensors: Tensor) -> Flight:
+        """Launches the transfer."""
+        ...
+
+    def send_gradients(self, *gradients: Tensor) -> Flight:
+        """Launches the transfer of the gradients of what arrived; they arrive as those of what was sent."""
+        ...
+
+
+@dataclass
+class _Segment:
+    """The end of a segment: its results, and the leaves or the constant that their gradients come from."""
+
+    results: list[Tensor]
+    gradients: list[Tensor | float]
+
+
+@dataclass
+class Transfer:
+    """An exchange on the tape."""
+
+    exchange: Exchange
+    flight: Flight
+    sent: tuple[Tensor, ...]
+    arrived: tuple[Tensor, ...] = field(default=())
+    returning: Flight | None = None
+
+
+@dataclass
+class _Launched:
+    transfer: Transfer
+
+
+@dataclass
+class _Arrived:
+    transfer: Transfer
+
+
+@dataclass
+class _Again:
+    """A part of the forward pass that is run again when its gradient is needed."""
+
+    part: "Part"
+    x: Tensor
+    out: Tensor
+
+
+Part = Callable[["Tape", Tensor], Steps[Tensor]]
+
+
+class Tape:
+    """Records one forward pass; `backward` consumes it. A tape that is not `recording` only cuts and sends."""
+
+    def __init__(self, *, recording: bool = True) -> None:
+        self.recording = recording
+        self._records: list[_Segment | _Launched | _Arrived | _Again] = []
+
+    def cut(self, *tensors: Tensor, roots: Iterable[tuple[Tensor, float]] = ()) -> tuple[Tensor, ...]:
+        """Ends a segment: returns its results as leaves. `roots` are further results, scalars, each with the constant
+        that is its gradient."""
+        if not self.recording:
+            return tuple(tensor.detach() for tensor in tensors)
+        leaves = tuple(tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors)
+        segment = _Segment([], [])
+        for tensor, gradient in [*zip(tensors, leaves, strict=True), *roots]:
+            if tensor.requires_grad:
+                segment.results.append(tensor)
+                segment.gradients.append(gradient)
+        self._records.append(segment)
+        return leaves
+
+    def launch(self, exchange: Exchange, *leaves: Tensor) -> Transfer:
+        """Launches the transfer of leaves."""
+        transfer = Transfer(exchange, exchange.send(*(leaf.detach() for leaf in leaves)), leaves)
+        if self.recording:
+            self._records.append(_Launched(transfer))
+        return transfer
+
+    def arrive(self, transfer: Transfer) -> tuple[Tensor, ...]:
+        """Waits for a transfer; returns what arrived, as leaves."""
+        arrived = transfer.flight.wait()
+        if not self.recording:
+            return arrived
+        transfer.arrived = tuple(
+            tensor.requires_grad_(leaf.requires_grad) for tensor, leaf in zip(arrived, transfer.sent, strict=True)
+        )
+        self._records.append(_Arrived(transfer))
+        return transfer.arrived
+
+    def run_twice(self, part: Part, x: Tensor) -> Steps[Tensor]:
+        """Runs a part of the forward pass that ends in a leaf, keeping nothing but its input, a leaf; the backward pass
+        runs it again, transfers included."""
+        out = yield from without_gradients(part(Tape(recording=False), x))
+        if self.recording:
+            out.requires_grad_()
+            self._records.append(_Again(part, x, out))
+        return out
+
+    def backward(self) -> Steps[None]:
+        """Runs the records backwards. Gradients of the results must lie in the `grad` of the last leaves; those of the
+        inputs appear in the `grad` of theirs."""
+        while self._records:
+            record = self._records.pop()
+            if isinstance(record, _Segment):
+                _run_segment(record)
+            elif isinstance(record, _Arrived):
+                transfer = record.transfer
+                transfer.returning = transfer.exchange.send_gradients(*map(_gradient, transfer.arrived))
+                transfer.arrived = ()
+            elif isinstance(record, _Launched):
+                yield
+                assert record.transfer.returning is not None
+                for leaf, gradient in zip(record.transfer.sent, record.transfer.returning.wait(), strict=True):
+                    if leaf.requires_grad:
+                        leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
+            else:
+                yield from _run_again(record)
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+
+
+def _run_again(record: _Again) -> Steps[None]:
+    tape = Tape()
+    out = yield from record.part(tape, record.x)
+    out.grad, record.out.grad = record.out.grad, None
+    yield from tape.backward()
+
+
+def _run_segment(segment: _Segment) -> None:
+    results, gradients = [], []
+    for result, gradient in zip(segment.results, segment.gradients, strict=True):
+        if isinstance(gradient, float):
+            results.append(result)
+            gradients.append(torch.full_like(result, gradient))
+        elif gradient.grad is not None:
+            results.append(result)
+            gradients.append(gradient.grad)
+            gradient.grad = None
+    if results:
+        torch.autograd.backward(results, gradients)
+
+
+def without_gradients(steps: Steps[T]) -> Steps[T]:
+    """The same pass outside autograd, which stays on for whatever runs in its turns."""
+    while True:
+        with torch.no_grad():
+            try:
+                next(steps)
+            except StopIteration as end:
+                result: T = end.value
+                return result
+        yield
+
+
+def run_to_end(steps: Steps[T]) -> T:
+    """Runs a pass by itself: waits for every transfer as soon as it is launched."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+
+
+def run_in_turns(one: Steps[T], other: Steps[Any]) -> T:
+    """Runs two passes in turns, switching where a transfer is under way; returns what the first gives."""
+    results: list[Any] = [None, None]
+    running = {0: one, 1: other}
+    while running:
+        for number in list(running):
+            try:
+                next(running[number])
+            except StopIteration as end:
+                results[number] = end.value
+                del running[number]
+    result: T = results[0]
+    return result
