@@ -10,6 +10,7 @@ output and attends in the latent space ("absorbed"), which reads far less memory
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.config import ModelConfig
-from model.linear import Linear, WeightGradients
+from model.linear import Linear
 from model.norm import RMSNorm
+from model.recompute import Execution
 from model.rope import apply_rotary, softmax_scale
 
 
@@ -76,9 +78,11 @@ class LatentCache:
 class MultiHeadLatentAttention(nn.Module):
     """Attention of one layer."""
 
-    def __init__(self, config: ModelConfig, weight_gradients: WeightGradients) -> None:
+    def __init__(self, config: ModelConfig, execution: Execution) -> None:
         super().__init__()
         self.config = config
+        self._recompute = execution.recompute
+        weight_gradients = execution.weight_gradients
         self.scale = softmax_scale(config.qk_head_dim, config.rope_scaling)
         heads = config.num_attention_heads
         if config.q_lora_rank is None:
@@ -100,79 +104,85 @@ class MultiHeadLatentAttention(nn.Module):
         self, x: Tensor, context: AttentionContext, cache: LatentCache | None = None, *, absorbed: bool = False
     ) -> Tensor:
         """[B, S, D] to [B, S, D]. With a cache, x holds the newest positions and attends to all cached ones too."""
-        q_nope, q_rope = self._queries(x, context.rotary)
+        q = self._queries(x, context.rotary)
         latents, k_rope = self._latents(x, context.rotary)
         if cache is not None:
             entries = cache.append(torch.cat((latents, k_rope), dim=-1))
             latents, k_rope = entries.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], dim=-1)
         if context.parts is not None:
-            return self.o_proj(self._attend_in_parts(q_nope, q_rope, latents, k_rope, context).flatten(-2))
-        attend = self._attend_in_latent_space if absorbed else self._attend
-        return self.o_proj(attend(q_nope, q_rope, latents, k_rope, context.mask).flatten(-2))
+            out = self._attend_in_parts(q, latents, k_rope, context.mask, context.parts)
+        else:
+            attend = self._attend_in_latent_space if absorbed else self._attend
+            out = attend(q, latents, k_rope, context.mask)
+        return self.o_proj(out.flatten(-2))
 
-    def _queries(self, x: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
-        """The two parts of the queries, [B, S, H, qk_nope_head_dim] and [B, S, H, P]."""
-        config = self.config
-        q = self.q_proj(x) if config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-        q_nope, q_rope = q.unflatten(-1, (-1, config.qk_head_dim)).split(
-            [config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1
-        )
-        return q_nope, apply_rotary(q_rope, rotary)
+    def _queries(self, x: Tensor, rotary: Tensor) -> Tensor:
+        """Queries with their rotary part turned, [B, S, H, qk_head_dim]."""
+        if self.config.q_lora_rank is None:
+            return self._recompute.again("mla_up", partial(self._project_queries, self.q_proj), x, rotary)
+        latents = self._recompute.again("norms", self.q_a_layernorm, self.q_a_proj(x))
+        return self._recompute.again("mla_up", partial(self._project_queries, self.q_b_proj), latents, rotary)
+
+    def _project_queries(self, projection: Linear, x: Tensor, rotary: Tensor) -> Tensor:
+        q_nope, q_rope = self._split_queries(projection(x).unflatten(-1, (-1, self.config.qk_head_dim)))
+        return torch.cat((q_nope, apply_rotary(q_rope, rotary)), dim=-1)
+
+    def _split_queries(self, q: Tensor) -> tuple[Tensor, ...]:
+        return q.split([self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], dim=-1)
 
     def _latents(self, x: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
         """What a cache keeps: c_kv [B, S, C] and the rotary key [B, S, P]."""
         latents, k_rope = self.kv_a_proj_with_mqa(x).split(
             [self.config.kv_lora_rank, self.config.qk_rope_head_dim], dim=-1
         )
-        return self.kv_a_layernorm(latents), apply_rotary(k_rope.unsqueeze(-2), rotary).squeeze(-2)
+        latents = self._recompute.again("norms", self.kv_a_layernorm, latents)
+        return latents, apply_rotary(k_rope.unsqueeze(-2), rotary).squeeze(-2)
 
-    def _attend(self, q_nope: Tensor, q_rope: Tensor, latents: Tensor, k_rope: Tensor, mask: Tensor | None) -> Tensor:
+    def _attend(self, q: Tensor, latents: Tensor, k_rope: Tensor, mask: Tensor | None) -> Tensor:
         """Decompresses keys and values; returns [B, S, H, v_head_dim]."""
-        return self._attend_to(torch.cat((q_nope, q_rope), dim=-1), self.kv_b_proj(latents), k_rope, mask)
+        k, v = self._recompute.again("mla_up", self._decompress, latents, k_rope)
+        return self._attend_to(q, k, v, mask)
 
     def _attend_in_parts(
-        self, q_nope: Tensor, q_rope: Tensor, latents: Tensor, k_rope: Tensor, context: AttentionContext
+        self, q: Tensor, latents: Tensor, k_rope: Tensor, mask: Tensor | None, parts: SequenceParts
     ) -> Tensor:
         """The same where others have the other positions: this process attends some of the heads at all of them."""
-        parts = context.parts
-        assert parts is not None
-        q = parts.to_heads(torch.cat((q_nope, q_rope), dim=-1))
         width = self.kv_b_proj.weight.shape[0] // parts.size
         rows = slice(parts.place * width, (parts.place + 1) * width)
-        keys_and_values = self.kv_b_proj(parts.gather(latents), rows)
-        return parts.to_positions(self._attend_to(q, keys_and_values, parts.gather(k_rope), context.mask))
+        decompress = partial(self._decompress, rows=rows)
+        k, v = self._recompute.again("mla_up", decompress, parts.gather(latents), parts.gather(k_rope))
+        return parts.to_positions(self._attend_to(parts.to_heads(q), k, v, mask))
 
-    def _attend_to(self, q: Tensor, keys_and_values: Tensor, k_rope: Tensor, mask: Tensor | None) -> Tensor:
-        """Queries [B, S, h, qk_head_dim], decompressed [B, S, h · (qk_nope_head_dim + v_head_dim)], rotary keys
-        [B, S, P] to [B, S, h, v_head_dim], for any number h of heads."""
-        config, num_heads = self.config, q.shape[2]
-        k_nope, v = keys_and_values.unflatten(-1, (num_heads, -1)).split(
-            [config.qk_nope_head_dim, config.v_head_dim], dim=-1
+    def _decompress(self, latents: Tensor, k_rope: Tensor, rows: slice | None = None) -> tuple[Tensor, Tensor]:
+        """Keys [B, S, h, qk_head_dim] and values [B, S, h, v_head_dim] of all heads, or those of some `rows` of
+        kv_b_proj."""
+        config = self.config
+        width = config.qk_nope_head_dim + config.v_head_dim
+        k_nope, v = (
+            self.kv_b_proj(latents, rows)
+            .unflatten(-1, (-1, width))
+            .split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
         )
-        k = torch.cat((k_nope, k_rope.unsqueeze(-2).expand(-1, -1, num_heads, -1)), dim=-1)
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=self.scale,
-        )
+        k_rope_of_heads = k_rope.unsqueeze(-2).expand(-1, -1, v.shape[2], -1)
+        return torch.cat((k_nope, k_rope_of_heads), dim=-1), v
+
+    def _attend_to(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale)
         return out.transpose(1, 2)
 
-    def _attend_in_latent_space(
-        self, q_nope: Tensor, q_rope: Tensor, latents: Tensor, k_rope: Tensor, mask: Tensor | None
-    ) -> Tensor:
+    def _attend_in_latent_space(self, q: Tensor, latents: Tensor, k_rope: Tensor, mask: Tensor | None) -> Tensor:
         """The same with W_UK and W_UV folded into query and output; returns [B, S, H, v_head_dim]."""
         config = self.config
         w_uk, w_uv = self.kv_b_proj.weight.unflatten(0, (config.num_attention_heads, -1)).split(
             [config.qk_nope_head_dim, config.v_head_dim], dim=1
         )
+        q_nope, q_rope = self._split_queries(q)
         q_latent = torch.einsum("bshn,hnc->bshc", q_nope, w_uk)
         scores = torch.einsum("bshc,bkc->bhsk", q_latent, latents) + torch.einsum("bshp,bkp->bhsk", q_rope, k_rope)
         scores = scores.float() * self.scale
         if mask is None:
-            mask = causal_mask(q_nope.shape[1], latents.shape[1], device=latents.device)
+            mask = causal_mask(q.shape[1], latents.shape[1], device=latents.device)
         weights = scores.masked_fill(~mask, float("-inf")).softmax(-1).to(latents.dtype)
         return torch.einsum("bshc,hvc->bshv", torch.einsum("bhsk,bkc->bshc", weights, latents), w_uv)
 

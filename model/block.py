@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from model.attention import AttentionContext, LatentCache, MultiHeadLatentAttention
 from model.config import ModelConfig
 from model.experts import RoutedExperts, RoutedRows, SwiGLU
-from model.linear import Linear, WeightGradients
+from model.linear import Linear
 from model.norm import RMSNorm
+from model.recompute import Execution
 from model.router import Gate, Route, count_load, sequence_balance_loss
 
 
@@ -40,12 +41,12 @@ class Attended(NamedTuple):
 class MixtureOfExperts(nn.Module):
     """Gate, the routed experts that live here, and shared experts of one layer."""
 
-    def __init__(self, config: ModelConfig, num_local_experts: int, weight_gradients: WeightGradients) -> None:
+    def __init__(self, config: ModelConfig, num_local_experts: int, execution: Execution) -> None:
         super().__init__()
         self.gate = Gate(config)
-        self.experts = RoutedExperts(config, num_local_experts, weight_gradients)
+        self.experts = RoutedExperts(config, num_local_experts, execution)
         self.shared_experts = (
-            SwiGLU(config.hidden_size, config.n_shared_experts * config.moe_intermediate_size, weight_gradients)
+            SwiGLU(config.hidden_size, config.n_shared_experts * config.moe_intermediate_size, execution)
             if config.n_shared_experts
             else None
         )
@@ -55,20 +56,19 @@ class Block(nn.Module):
     """One layer of the network; `index` counts from 0 over the main layers, then over those of multi-token
     prediction. Of its routed experts, `num_local_experts` live here."""
 
-    def __init__(
-        self, config: ModelConfig, index: int, *, num_local_experts: int, weight_gradients: WeightGradients
-    ) -> None:
+    def __init__(self, config: ModelConfig, index: int, *, num_local_experts: int, execution: Execution) -> None:
         super().__init__()
         self.config = config
         self.index = index
+        self._recompute = execution.recompute
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = MultiHeadLatentAttention(config, weight_gradients)
+        self.self_attn = MultiHeadLatentAttention(config, execution)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp: SwiGLU | MixtureOfExperts
         if index < config.first_k_dense_replace:
-            self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, weight_gradients)
+            self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, execution)
         else:
-            self.mlp = MixtureOfExperts(config, num_local_experts, weight_gradients)
+            self.mlp = MixtureOfExperts(config, num_local_experts, execution)
 
     def forward(
         self, x: Tensor, context: AttentionContext, cache: LatentCache | None = None, *, absorbed: bool = False
@@ -87,8 +87,13 @@ class Block(nn.Module):
         self, x: Tensor, context: AttentionContext, cache: LatentCache | None = None, *, absorbed: bool = False
     ) -> Attended:
         """Attention, the second norm and the gate."""
-        residual = x + self.self_attn(self.input_layernorm(x), context, cache, absorbed=absorbed)
-        normed = self.post_attention_layernorm(residual)
+        with self._recompute.region():
+            return self._attend(x, context, cache, absorbed=absorbed)
+
+    def _attend(self, x: Tensor, context: AttentionContext, cache: LatentCache | None, *, absorbed: bool) -> Attended:
+        normed = self._recompute.again("norms", self.input_layernorm, x)
+        residual = x + self.self_attn(normed, context, cache, absorbed=absorbed)
+        normed = self._recompute.again("norms", self.post_attention_layernorm, residual)
         if not isinstance(self.mlp, MixtureOfExperts):
             return Attended(residual, normed, None, None)
         route = self.mlp.gate(normed.flatten(0, 1))
@@ -102,12 +107,17 @@ class Block(nn.Module):
         """What every token gets from the second half: the dense MLP or the shared experts, [B, S, D], if there are
         any."""
         mlp = self.mlp if isinstance(self.mlp, SwiGLU) else self.mlp.shared_experts
-        return None if mlp is None else mlp(normed)
+        if mlp is None:
+            return None
+        with self._recompute.region():
+            out: Tensor = mlp(normed)
+        return out
 
     def routed(self, routed: RoutedRows) -> Tensor:
         """What rows get from the routed experts that live here, [R, D]."""
         assert isinstance(self.mlp, MixtureOfExperts)
-        out: Tensor = self.mlp.experts(routed)
+        with self._recompute.region():
+            out: Tensor = self.mlp.experts(routed)
         return out
 
 
@@ -122,13 +132,11 @@ class SharedHead(nn.Module):
 class MultiTokenBlock(Block):
     """One depth of multi-token prediction."""
 
-    def __init__(
-        self, config: ModelConfig, index: int, *, num_local_experts: int, weight_gradients: WeightGradients
-    ) -> None:
-        super().__init__(config, index, num_local_experts=num_local_experts, weight_gradients=weight_gradients)
+    def __init__(self, config: ModelConfig, index: int, *, num_local_experts: int, execution: Execution) -> None:
+        super().__init__(config, index, num_local_experts=num_local_experts, execution=execution)
         self.enorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.hnorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size, weight_gradients)
+        self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size, execution.weight_gradients)
         self.shared_head = SharedHead(config)
 
     def join(self, embedded: Tensor, hidden: Tensor) -> Tensor:

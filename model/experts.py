@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.config import ModelConfig
-from model.linear import Linear, WeightGradients, grouped_linear
+from model.linear import Linear, grouped_linear
 from model.permute import Copies, by_token, spread
+from model.recompute import Execution
 
 
 @dataclass(frozen=True)
@@ -30,32 +31,35 @@ class RoutedRows:
 class SwiGLU(nn.Module):
     """W_down(silu(W_gate x) · W_up x), gate and up in one matrix: the dense MLP and the shared experts."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int, weight_gradients: WeightGradients) -> None:
+    def __init__(self, hidden_size: int, intermediate_size: int, execution: Execution) -> None:
         super().__init__()
-        self.gate_up_proj = Linear(hidden_size, 2 * intermediate_size, weight_gradients)
-        self.down_proj = Linear(intermediate_size, hidden_size, weight_gradients)
+        self.gate_up_proj = Linear(hidden_size, 2 * intermediate_size, execution.weight_gradients)
+        self.down_proj = Linear(intermediate_size, hidden_size, execution.weight_gradients)
+        self._recompute = execution.recompute
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to [..., D]."""
-        return self.down_proj(swiglu(self.gate_up_proj(x)))
+        return self.down_proj(self._recompute.again("swiglu", swiglu, self.gate_up_proj(x)))
 
 
 class RoutedExperts(nn.Module):
     """SwiGLU experts with stacked weights: `gate_up_proj` [E, 2I, D] and `down_proj` [E, D, I], for the E experts that
     live here."""
 
-    def __init__(self, config: ModelConfig, num_experts: int, weight_gradients: WeightGradients) -> None:
+    def __init__(self, config: ModelConfig, num_experts: int, execution: Execution) -> None:
         super().__init__()
         hidden, inner = config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * inner, hidden))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden, inner))
-        self._weight_gradients = weight_gradients
+        self._weight_gradients = execution.weight_gradients
+        self._recompute = execution.recompute
 
     def forward(self, routed: RoutedRows) -> Tensor:
         """The weighted sum of each row's experts, [R, D], added up in fp32."""
         copies, counts = sort_by_expert(routed, len(self.gate_up_proj))
         rows = spread(routed.rows, copies)
-        inner = swiglu(grouped_linear(rows, self.gate_up_proj, counts, self._weight_gradients))
+        gate_up = grouped_linear(rows, self.gate_up_proj, counts, self._weight_gradients)
+        inner = self._recompute.again("swiglu", swiglu, gate_up)
         results = grouped_linear(inner, self.down_proj, counts, self._weight_gradients)
         weighted = by_token(results, copies).float() * routed.weights.unsqueeze(-1)
         return weighted.sum(1).to(results.dtype)

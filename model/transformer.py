@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from model.attention import AttentionContext, LatentCache, SequenceParts, causal_mask, document_mask
 from model.block import Block, MultiTokenBlock, RouterStats
 from model.config import ModelConfig
-from model.linear import WeightGradients
 from model.loss import cross_entropy
 from model.norm import RMSNorm
+from model.recompute import Execution, Recompute
 from model.rope import rotary_frequencies, rotary_table
 from model.router import BIAS_NAME
 
@@ -80,18 +80,20 @@ class Transformer(nn.Module):
 
     frequencies: Tensor
 
-    def __init__(self, config: ModelConfig, part: ModelPart | None = None) -> None:
+    def __init__(
+        self, config: ModelConfig, part: ModelPart | None = None, *, recompute: frozenset[str] = frozenset()
+    ) -> None:
         super().__init__()
         self.config = config
         self.part = part = part or whole_model(config)
-        self.weight_gradients = WeightGradients()
+        self.execution = Execution(recompute=Recompute(recompute))
         if part.embedding:
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleDict()
         for index in part.layers:
             make = Block if index < config.num_hidden_layers else MultiTokenBlock
             self.layers[str(index)] = make(
-                config, index, num_local_experts=part.num_local_experts, weight_gradients=self.weight_gradients
+                config, index, num_local_experts=part.num_local_experts, execution=self.execution
             )
         if part.head:
             self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)

@@ -38,7 +38,7 @@ def build_model(
 ) -> Transformer:
     """This rank's part with its initial weights, which are those of the whole model, in fp32."""
     part = part_of_rank(config, mesh.shape, placement(parallel), mesh.rank)
-    model = Transformer(config, part)
+    model = Transformer(config, part, recompute=frozenset(parallel.recompute) - {"block"})
     initialize(model, config, seed=seed, first_expert=part.first_expert)
     return model.to(device)
 

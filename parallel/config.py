@@ -13,7 +13,8 @@ class ParallelConfig:
     """`pp` ranks divide the layers, `ep` the experts, `cp` the positions of a sequence; data parallelism takes what is
     left of the world size. `schedule` orders the pipeline's work, `zero_stage` says what of optimizer, gradients and
     weights is divided over data ranks, `optimizer_offload` keeps masters and moments in the CPU's memory. What
-    `recompute` lists is computed again in the backward pass instead of kept: "block" is a whole layer."""
+    `recompute` lists is computed again in the backward pass instead of kept: "norms", the up-projections of attention
+    ("mla_up"), the activations of MLPs and experts ("swiglu"), or whole layers ("block")."""
 
     pp: int = 1
     ep: int = 1
@@ -21,7 +22,7 @@ class ParallelConfig:
     schedule: ScheduleName = "1f1b"
     zero_stage: Literal[0, 1, 2, 3] = 1
     optimizer_offload: bool = False
-    recompute: tuple[Literal["block"], ...] = ()
+    recompute: tuple[Literal["norms", "mla_up", "swiglu", "block"], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("pp", "ep", "cp"):

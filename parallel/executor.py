@@ -128,7 +128,7 @@ class _Run:
         self._weights, self._training = weights, training
         model = next(iter(executor.chunks.values())).model
         self._model = model
-        self._weight_gradients: WeightGradients = model.weight_gradients
+        self._weight_gradients: WeightGradients = model.execution.weight_gradients
         self._given: dict[str, dict[Place, Tensor]] = {"activation": {}, "gradient": {}}
         self._asked: dict[tuple[str, Place], dist.Work] = {}
         self._sent: list[tuple[dist.Work, Tensor]] = []

@@ -97,7 +97,8 @@ class Tape:
             return tuple(tensor.detach() for tensor in tensors)
         leaves = tuple(tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors)
         segment = _Segment([], [])
-        for tensor, gradient in [*zip(tensors, leaves, strict=True), *roots]:
+        ends: list[tuple[Tensor, Tensor | float]] = [*zip(tensors, leaves, strict=True), *roots]
+        for tensor, gradient in ends:
             if tensor.requires_grad:
                 segment.results.append(tensor)
                 segment.gradients.append(gradient)

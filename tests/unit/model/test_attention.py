@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from model.attention import AttentionContext, MultiHeadLatentAttention, causal_mask, document_mask
 from model.config import ModelConfig, RopeScaling
 from model.init import initialize
-from model.linear import WeightGradients
+from model.recompute import Execution
 from model.rope import rotary_frequencies, rotary_table
 from model.transformer import Transformer
 
@@ -167,7 +167,7 @@ def reference_attention(layer: MultiHeadLatentAttention, config: ModelConfig, x:
 @torch.no_grad()
 def test_one_layer_against_the_equations(absorbed: bool) -> None:
     config = small_model(v_head_dim=6, initializer_range=0.4)
-    layer = MultiHeadLatentAttention(config, WeightGradients())
+    layer = MultiHeadLatentAttention(config, Execution())
     initialize(layer, config, seed=0)
     x = torch.randn(9, config.hidden_size, generator=torch.Generator().manual_seed(0))
     frequencies = rotary_frequencies(config.qk_rope_head_dim, theta=config.rope_theta, scaling=None)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from model.experts import RoutedExperts, RoutedRows, SwiGLU, sort_by_expert
 from model.linear import WeightGradients, grouped_linear
 from model.permute import _Spread, by_token, collect, find_copies, spread
+from model.recompute import Execution
 
 torch.set_num_threads(1)
 
@@ -18,7 +19,7 @@ NUM_EXPERTS = 8
 
 
 def make_experts() -> RoutedExperts:
-    experts = RoutedExperts(small_model(), NUM_EXPERTS, WeightGradients())
+    experts = RoutedExperts(small_model(), NUM_EXPERTS, Execution())
     generator = torch.Generator().manual_seed(0)
     for parameter in experts.parameters():
         parameter.data.normal_(std=0.3, generator=generator)
@@ -150,7 +151,7 @@ def test_grouped_linear_uses_the_weight_of_each_row() -> None:
 
 
 def test_swiglu_takes_the_gate_first() -> None:
-    mlp = SwiGLU(2, 1, WeightGradients())
+    mlp = SwiGLU(2, 1, Execution())
     mlp.gate_up_proj.weight.data = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     mlp.down_proj.weight.data = torch.ones(2, 1)
     x = torch.tensor([3.0, 5.0])

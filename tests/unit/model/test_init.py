@@ -8,7 +8,7 @@ from torch import nn
 from model.config import ModelConfig
 from model.experts import RoutedExperts
 from model.init import initialize
-from model.linear import WeightGradients
+from model.recompute import Execution
 from model.transformer import Transformer
 
 torch.set_num_threads(1)
@@ -45,7 +45,7 @@ def test_a_part_alone_gets_the_weights_of_the_whole() -> None:
 def test_a_slice_of_the_experts_is_that_slice_of_the_whole() -> None:
     config = small_model()
     whole, part = make_model(config), Transformer(config)
-    part.layers["1"].mlp.experts = RoutedExperts(config, 3, WeightGradients())
+    part.layers["1"].mlp.experts = RoutedExperts(config, 3, Execution())
     initialize(part, config, seed=0, first_expert=4)
     for name, parameter in part.layers["1"].mlp.experts.named_parameters():
         assert torch.equal(parameter, whole.get_parameter(f"layers.1.mlp.experts.{name}")[4:7])
