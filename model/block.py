@@ -113,11 +113,12 @@ class Block(nn.Module):
             out: Tensor = mlp(normed)
         return out
 
-    def routed(self, routed: RoutedRows) -> Tensor:
-        """What rows get from the routed experts that live here, [R, D]."""
+    def routed(self, routed: RoutedRows, *, defers: bool = True) -> Tensor:
+        """What rows get from the routed experts that live here, [R, D]; with `defers` their weight gradients wait if
+        those of the rank do."""
         assert isinstance(self.mlp, MixtureOfExperts)
         with self._recompute.region():
-            out: Tensor = self.mlp.experts(routed)
+            out: Tensor = self.mlp.experts(routed, defers=defers)
         return out
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.config import ModelConfig
-from model.linear import Linear, grouped_linear
+from model.linear import Linear, WeightGradients, grouped_linear
 from model.permute import Copies, by_token, spread
 from model.recompute import Execution
 
@@ -54,13 +54,14 @@ class RoutedExperts(nn.Module):
         self._weight_gradients = execution.weight_gradients
         self._recompute = execution.recompute
 
-    def forward(self, routed: RoutedRows) -> Tensor:
+    def forward(self, routed: RoutedRows, *, defers: bool = True) -> Tensor:
         """The weighted sum of each row's experts, [R, D], added up in fp32."""
+        later = self._weight_gradients if defers else WeightGradients()
         copies, counts = sort_by_expert(routed, len(self.gate_up_proj))
         rows = spread(routed.rows, copies)
-        gate_up = grouped_linear(rows, self.gate_up_proj, counts, self._weight_gradients)
+        gate_up = grouped_linear(rows, self.gate_up_proj, counts, later)
         inner = self._recompute.again("swiglu", swiglu, gate_up)
-        results = grouped_linear(inner, self.down_proj, counts, self._weight_gradients)
+        results = grouped_linear(inner, self.down_proj, counts, later)
         weighted = by_token(results, copies).float() * routed.weights.unsqueeze(-1)
         return weighted.sum(1).to(results.dtype)
 

@@ -47,7 +47,9 @@ def build_executor(model: Transformer, parallel: ParallelConfig, mesh: Mesh, *, 
     """The pipeline over this rank's chunks."""
     schedule = placement(parallel)
     layers = split_layers(model.config, schedule.num_stages)
-    dispatcher = make_dispatcher(mesh, model.config.n_routed_experts)
+    dispatcher = make_dispatcher(
+        mesh, model.config.n_routed_experts, max_rows=parallel.max_expert_rows, fp8=parallel.fp8_dispatch
+    )
     chunks = {
         stage: Chunk(
             model,

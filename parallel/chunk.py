@@ -5,6 +5,7 @@ layers before and after on other ranks.
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -120,9 +121,8 @@ class Chunk:
             attended.residual, attended.normed, attended.route.weights, roots=[(balance_loss, weights.balance)]
         )
         choices = RoutedRows(normed.flatten(0, 1), attended.route.experts, choice_weights)
-        arrived, ways = yield from self.dispatcher.dispatch(tape, choices)
+        routed = yield from self.dispatcher.run(tape, choices, block.routed, partial(block.routed, defers=False))
         shared = block.shared(normed)
-        routed = yield from self.dispatcher.combine(tape, block.routed(arrived), ways)
         out = residual + routed.view_as(residual)
         (out,) = tape.cut(out if shared is None else out + shared)
         return out

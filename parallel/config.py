@@ -12,7 +12,8 @@ ScheduleName = Literal["1f1b", "zb1p", "zbv", "dualpipe", "dualpipev"]
 class ParallelConfig:
     """`pp` ranks divide the layers, `ep` the experts, `cp` the positions of a sequence; data parallelism takes what is
     left of the world size. `schedule` orders the pipeline's work, `zero_stage` says what of optimizer, gradients and
-    weights is divided over data ranks, `optimizer_offload` keeps masters and moments in the CPU's memory. What
+    weights is divided over data ranks, `optimizer_offload` keeps masters and moments in the CPU's memory. No more than
+    `max_expert_rows` rows (0: any number) reach a rank's experts at once; `fp8_dispatch` sends them in FP8. What
     `recompute` lists is computed again in the backward pass instead of kept: "norms", the up-projections of attention
     ("mla_up"), the activations of MLPs and experts ("swiglu"), or whole layers ("block")."""
 
@@ -22,12 +23,16 @@ class ParallelConfig:
     schedule: ScheduleName = "1f1b"
     zero_stage: Literal[0, 1, 2, 3] = 1
     optimizer_offload: bool = False
+    max_expert_rows: int = 0
+    fp8_dispatch: bool = False
     recompute: tuple[Literal["norms", "mla_up", "swiglu", "block"], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("pp", "ep", "cp"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        if self.max_expert_rows < 0:
+            raise ValueError(f"max_expert_rows = {self.max_expert_rows} must not be negative; 0 sets no bound")
         if self.zero_stage > 1 and self.pp > 1:
             raise ValueError(
                 f"zero_stage = {self.zero_stage} needs pp = 1, not {self.pp}: with a pipeline, gradients and weights "

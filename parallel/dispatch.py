@@ -2,13 +2,17 @@
 
 A token goes once to each rank that holds any of its experts, with the choices and weights that are for that rank. There
 it is one row; its experts' results are summed there by weight and come back as one row (a partial sum), which the token
-adds to the others. With `nodes`, the way has two hops: once to each node, by the rank there that has the sender's
-place, which passes the row on to the ranks of its node. Both ways are the same hop over different groups.
+adds to the others. Where an expert group spans nodes, the way has two hops: once to each node, to the rank there that
+has the sender's place, which passes the row on to the ranks of its node. Both are the same hop over other groups.
 
-The rows of a hop are in order of destination, and of tokens for each. Counts are exchanged once a hop.
+No token is dropped. If routing is skewed, one rank may get the rows of all others; with a bound on the rows that arrive
+at once, the last hop and the experts' work are done in as many rounds as it takes, each recomputed in the backward
+pass, so that the bound holds there too.
+
+The rows of a hop are in order of round, destination and token. Counts are exchanged once a hop.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,131 +23,157 @@ from model.experts import RoutedRows
 from model.permute import Copies, collect, find_copies, spread
 from parallel.mesh import Mesh
 from parallel.tape import Steps, Tape
+from parallel.transfer import AllToAll, Fp8AllToAll
+
+Experts = Callable[[RoutedRows], Tensor]
 
 
 @dataclass(frozen=True)
 class Hop:
-    """Members of `group` hold `num_experts` experts each, in order of rank."""
+    """The members of `group`, in order of rank, hold `num_experts` experts each."""
 
     group: dist.ProcessGroup
     num_experts: int
 
 
-class AllToAll:
-    """`leaving` rows to each member of a group, `arriving` rows from each; gradients go the other way."""
-
-    def __init__(self, group: dist.ProcessGroup, leaving: Sequence[int], arriving: Sequence[int]) -> None:
-        self._group, self._leaving, self._arriving = group, list(leaving), list(arriving)
-
-    def send(self, *tensors: Tensor) -> "_Flight":
-        """Launches the transfer of tensors [rows, ...]."""
-        return _Flight(self._group, tensors, self._leaving, self._arriving)
-
-    def send_gradients(self, *gradients: Tensor) -> "_Flight":
-        """Launches the transfer of the gradients of what arrived."""
-        return self.reversed().send(*gradients)
-
-    def reversed(self) -> "AllToAll":
-        """The way back."""
-        return AllToAll(self._group, self._arriving, self._leaving)
-
-
-class _Flight:
-    """All-to-alls under way."""
-
-    def __init__(
-        self, group: dist.ProcessGroup, tensors: Sequence[Tensor], leaving: list[int], arriving: list[int]
-    ) -> None:
-        self._sent = [tensor.contiguous() for tensor in tensors]
-        self._arrived = tuple(tensor.new_empty(sum(arriving), *tensor.shape[1:]) for tensor in tensors)
-        self._works = [
-            dist.all_to_all_single(out, sent, arriving, leaving, group=group, async_op=True)
-            for out, sent in zip(self._arrived, self._sent, strict=True)
-        ]
-
-    def wait(self) -> tuple[Tensor, ...]:
-        """What arrived, in the order of what was sent."""
-        for work in self._works:
-            work.wait()
-        self._sent.clear()
-        return self._arrived
-
-
 @dataclass(frozen=True)
-class Way:
-    """How the rows of one hop went, for their way back."""
+class _Way:
+    """How the rows of one hop go: which tokens they are copies of, the rows of each round, and the exchange there."""
 
     copies: Copies
-    exchange: AllToAll
+    rows_of_rounds: tuple[int, ...]
+    exchanges: tuple[AllToAll, ...]
 
 
 class Dispatcher:
-    """Carries rows over `hops`, one after another; with none, all experts are here."""
+    """Carries rows over `hops`, one after another; with none, all experts are here. At most `max_rows` (0: any number)
+    arrive at the experts at once. With `fp8` rows are in FP8 on the way there."""
 
-    def __init__(self, hops: Sequence[Hop] = ()) -> None:
+    def __init__(self, hops: Sequence[Hop] = (), *, max_rows: int = 0, fp8: bool = False) -> None:
+        for hop in hops[-1:]:
+            if 0 < max_rows <= dist.get_world_size(hop.group):
+                raise ValueError(
+                    f"parallel.max_expert_rows = {max_rows} must be above the {dist.get_world_size(hop.group)} ranks "
+                    "that send rows to an expert, or 0 for no bound"
+                )
         self._hops = tuple(hops)
+        self._max_rows = max_rows
+        self._exchange = Fp8AllToAll if fp8 else AllToAll
 
-    def dispatch(self, tape: Tape, routed: RoutedRows) -> Steps[tuple[RoutedRows, list[Way]]]:
-        """Rows [T, D] and weights that are leaves, with choices among all experts, to the rows that arrive here, with
-        choices among the experts here. Yields while something is under way."""
-        ways = []
-        for hop in self._hops:
-            copies, leaving = _plan(routed.experts, hop)
-            arriving = torch.empty_like(leaving)
-            work = dist.all_to_all_single(arriving, leaving, group=hop.group, async_op=True)
-            yield
-            work.wait()
-            exchange = AllToAll(hop.group, leaving.tolist(), arriving.tolist())
-            packed = _pack(routed, copies, leaving, hop)
-            rows, weights = tape.cut(packed.rows, packed.weights)
-            choices = exchange.send(packed.experts)
+    def run(self, tape: Tape, routed: RoutedRows, experts: Experts, experts_at_once: Experts) -> Steps[Tensor]:
+        """What the tokens [T, D] get from their experts. Rows and weights are leaves; choices are among all experts.
+        `experts` are those that live here, `experts_at_once` the same without deferring anything. Yields while
+        something is under way."""
+        return (yield from self._run(self._hops, tape, routed, experts, experts_at_once))
+
+    def _run(
+        self, hops: tuple[Hop, ...], tape: Tape, routed: RoutedRows, experts: Experts, experts_at_once: Experts
+    ) -> Steps[Tensor]:
+        if not hops:
+            return experts(routed)
+        way, packed = yield from self._prepare(hops[0], routed, bound=self._max_rows if len(hops) == 1 else 0)
+        rows, weights = tape.cut(packed.rows, packed.weights)
+        if len(way.exchanges) == 1:
+            there = self._there_and_back(
+                way.exchanges[0],
+                packed.experts,
+                lambda tape, arrived: self._run(hops[1:], tape, arrived, experts, experts_at_once),
+            )
+            results = yield from there(tape, rows, weights)
+            return collect(results, way.copies)
+        parts = []
+        sizes = way.rows_of_rounds
+        for exchange, some_rows, some_weights, choices in zip(
+            way.exchanges, rows.split(sizes), weights.split(sizes), packed.experts.split(sizes), strict=True
+        ):
+            there = self._there_and_back(
+                exchange, choices, lambda tape, arrived: self._run((), tape, arrived, experts_at_once, experts_at_once)
+            )
+            parts.append((yield from tape.run_twice(there, *tape.cut(some_rows, some_weights))))
+        return collect(torch.cat(parts), way.copies)
+
+    def _there_and_back(
+        self, exchange: AllToAll, choices: Tensor, work: Callable[[Tape, RoutedRows], Steps[Tensor]]
+    ) -> Callable[..., Steps[Tensor]]:
+        """A part of the pass: sends leaves, works where they arrive, brings the results back as a leaf."""
+
+        def part(tape: Tape, rows: Tensor, weights: Tensor) -> Steps[Tensor]:
+            choices_in_flight = AllToAll.send(exchange, choices)
             transfer = tape.launch(exchange, rows, weights)
             yield
-            (experts,) = choices.wait()
+            (experts,) = choices_in_flight.wait()
             rows, weights = tape.arrive(transfer)
-            routed = RoutedRows(rows, experts, weights, complete=False)
-            ways.append(Way(copies, exchange))
-        return routed, ways
-
-    def combine(self, tape: Tape, rows: Tensor, ways: list[Way]) -> Steps[Tensor]:
-        """Results [R, D] of the rows that arrived here to the sums of the tokens' results, [T, D]."""
-        for way in reversed(ways):
-            (leaf,) = tape.cut(rows)
-            transfer = tape.launch(way.exchange.reversed(), leaf)
+            results = yield from work(tape, RoutedRows(rows, experts, weights, complete=False))
+            (leaf,) = tape.cut(results)
+            transfer = tape.launch(exchange.reversed(), leaf)
             yield
-            (rows,) = tape.arrive(transfer)
-            rows = collect(rows, way.copies)
-        return rows
+            (back,) = tape.arrive(transfer)
+            return back
+
+        return part
+
+    def _prepare(self, hop: Hop, routed: RoutedRows, *, bound: int) -> Steps[tuple[_Way, RoutedRows]]:
+        """Finds out what goes where, in how many rounds, and copies it into the order of sending."""
+        goes = _destinations(routed.experts, hop)
+        leaving = goes.sum(0)
+        members, place = len(leaving), dist.get_rank(hop.group)
+        everyones = [torch.empty_like(leaving) for _ in range(members)]
+        work = dist.all_gather(everyones, leaving, group=hop.group, async_op=True)
+        yield
+        work.wait()
+        # [from, to]
+        counts = torch.stack(everyones).cpu()
+        most = int(counts.sum(0).max())
+        num_rounds = max(-(-most // (bound - members)), 1) if bound else 1
+        sizes = _sizes_of_rounds(counts, num_rounds)
+        copies, rounds = _order(goes, sizes[:, place].to(goes.device), routed.experts.shape[1])
+        exchanges = [self._exchange(hop.group, size[place].tolist(), size[:, place].tolist()) for size in sizes]
+        way = _Way(copies, tuple(sizes[:, place].sum(1).tolist()), tuple(exchanges))
+        return way, _pack(routed, copies, rounds, hop)
 
 
-def make_dispatcher(mesh: Mesh, num_experts: int) -> Dispatcher:
+def make_dispatcher(mesh: Mesh, num_experts: int, *, max_rows: int, fp8: bool) -> Dispatcher:
     """The way to the `num_experts` experts of a layer: none, over an expert group, or over its nodes first."""
     nodes, ranks = dist.get_world_size(mesh.expert_node_peers), dist.get_world_size(mesh.expert_node)
     hops = [Hop(mesh.expert_node_peers, num_experts // nodes), Hop(mesh.expert_node, num_experts // nodes // ranks)]
-    return Dispatcher([hop for hop in hops if dist.get_world_size(hop.group) > 1])
+    return Dispatcher([hop for hop in hops if dist.get_world_size(hop.group) > 1], max_rows=max_rows, fp8=fp8)
 
 
-def _plan(experts: Tensor, hop: Hop) -> tuple[Copies, Tensor]:
-    """The copies that choices [T, K] ask for, and how many go to each member."""
-    num_tokens, num_choices = experts.shape
+def _destinations(experts: Tensor, hop: Hop) -> Tensor:
+    """Which members the tokens of choices [T, K] go to: [T, members], boolean."""
     members = dist.get_world_size(hop.group)
-    destinations = torch.where(experts < 0, members, experts // hop.num_experts)
-    goes = experts.new_zeros(num_tokens, members + 1, dtype=torch.bool).scatter_(1, destinations, True)[:, :members]
-    leaving = goes.sum(0)
-    num_rows = int(leaving.sum())
-    places = (goes.t().flatten().cumsum(0) - 1).view(members, num_tokens).t()
+    chosen = torch.where(experts < 0, members, experts // hop.num_experts)
+    return experts.new_zeros(len(experts), members + 1, dtype=torch.bool).scatter_(1, chosen, True)[:, :members]
+
+
+def _sizes_of_rounds(counts: Tensor, num_rounds: int) -> Tensor:
+    """Divides each of the counts [from, to] evenly: [num_rounds, from, to]."""
+    edges = -(-torch.arange(num_rounds + 1)[:, None, None] * counts // num_rounds)
+    return edges.diff(dim=0)
+
+
+def _order(goes: Tensor, sizes: Tensor, num_choices: int) -> tuple[Copies, Tensor]:
+    """The copies that `goes` [T, members] asks for, in order of round, member and token, when `sizes`
+    [rounds, members] of them go in each round; and the member that each row goes to."""
+    members = goes.shape[1]
+    num_rows = int(sizes.sum())
+    number = goes.long().cumsum(0) - 1
+    ends = sizes.cumsum(0)
+    rounds = (number.unsqueeze(0) >= ends.unsqueeze(1)).sum(0).clamp(max=len(sizes) - 1)
+    # Where a (round, member) begins among all rows, less the rows that its member got in earlier rounds.
+    begins = (sizes.flatten().cumsum(0) - sizes.flatten()).view_as(sizes) - (ends - sizes)
+    places = number + begins.gather(0, rounds)
     slots = torch.where(goes, places, num_rows)
     if members > num_choices:
         slots = slots.sort(1).values[:, :num_choices]
-    return find_copies(slots, num_rows, complete=num_rows == slots.numel()), leaving
+    members_of_rows = torch.arange(members, device=goes.device).repeat(len(sizes)).repeat_interleave(sizes.flatten())
+    return find_copies(slots, num_rows, complete=num_rows == slots.numel()), members_of_rows
 
 
-def _pack(routed: RoutedRows, copies: Copies, leaving: Tensor, hop: Hop) -> RoutedRows:
+def _pack(routed: RoutedRows, copies: Copies, members: Tensor, hop: Hop) -> RoutedRows:
     """The rows to send. Of a token's choices, each copy has those that are for its destination, counted from the first
     expert there."""
-    tokens = copies.tokens
-    members = torch.arange(len(leaving), device=tokens.device).repeat_interleave(leaving)
-    experts = routed.experts[tokens] - (members * hop.num_experts).unsqueeze(1)
+    experts = routed.experts[copies.tokens] - (members * hop.num_experts).unsqueeze(1)
     is_there = (experts >= 0) & (experts < hop.num_experts)
     weights = torch.where(is_there, spread(routed.weights, copies), 0.0)
     return RoutedRows(spread(routed.rows, copies), torch.where(is_there, experts, -1), weights, complete=False)

@@ -76,11 +76,11 @@ class _Again:
     """A part of the forward pass that is run again when its gradient is needed."""
 
     part: "Part"
-    x: Tensor
+    inputs: tuple[Tensor, ...]
     out: Tensor
 
 
-Part = Callable[["Tape", Tensor], Steps[Tensor]]
+Part = Callable[..., Steps[Tensor]]
 
 
 class Tape:
@@ -123,13 +123,13 @@ class Tape:
         self._records.append(_Arrived(transfer))
         return transfer.arrived
 
-    def run_twice(self, part: Part, x: Tensor) -> Steps[Tensor]:
-        """Runs a part of the forward pass that ends in a leaf, keeping nothing but its input, a leaf; the backward pass
-        runs it again, transfers included."""
-        out = yield from without_gradients(part(Tape(recording=False), x))
+    def run_twice(self, part: Part, *leaves: Tensor) -> Steps[Tensor]:
+        """Runs part(tape, *leaves), a part of the forward pass that ends in a leaf, keeping nothing but its inputs; the
+        backward pass runs it again, transfers included."""
+        out = yield from without_gradients(part(Tape(recording=False), *leaves))
         if self.recording:
             out.requires_grad_()
-            self._records.append(_Again(part, x, out))
+            self._records.append(_Again(part, leaves, out))
         return out
 
     def backward(self) -> Steps[None]:
@@ -159,7 +159,7 @@ def _gradient(leaf: Tensor) -> Tensor:
 
 def _run_again(record: _Again) -> Steps[None]:
     tape = Tape()
-    out = yield from record.part(tape, record.x)
+    out = yield from record.part(tape, *record.inputs)
     out.grad, record.out.grad = record.out.grad, None
     yield from tape.backward()
 

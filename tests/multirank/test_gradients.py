@@ -29,6 +29,7 @@ class Case:
     model: ModelConfig
     micro_batches: int
     skew: str = "none"
+    node_size: int = 0
 
 
 def all_batches(case: Case) -> list[MicroBatch]:
@@ -71,7 +72,7 @@ def run_plainly(case: Case) -> dict[str, Any]:
 
 
 def run_rank(rank: int, case: Case) -> dict[str, Any]:
-    shape = case.parallel.mesh_shape(case.world_size)
+    shape = case.parallel.mesh_shape(case.world_size, node_size=case.node_size)
     mesh = make_mesh(shape)
     model = build_model(case.model, case.parallel, mesh, seed=0, device=torch.device("cpu"))
     skew_routing(model, case.skew)
@@ -110,8 +111,17 @@ def put_together(case: Case, ranks: list[dict[str, Any]], plain: dict[str, Any])
     return {"losses": losses, "load": load, "gradients": gradients}
 
 
-def layout(world_size: int, micro_batches: int, *, model: dict[str, Any] | None = None, skew: str = "none", **parallel):
-    return Case(world_size, ParallelConfig(**parallel), small_model(**(model or {})), micro_batches, skew)
+def layout(
+    world_size: int,
+    micro_batches: int,
+    *,
+    model: dict[str, Any] | None = None,
+    skew: str = "none",
+    node_size: int = 0,
+    **parallel: Any,
+) -> Case:
+    sizes = small_model(**(model or {}))
+    return Case(world_size, ParallelConfig(**parallel), sizes, micro_batches, skew, node_size)
 
 
 DEEP = {"num_hidden_layers": 7}
@@ -146,6 +156,17 @@ CASES = {
     "cp2 ep2, two depths": layout(2, 1, cp=2, ep=2, model={"num_nextn_predict_layers": 2}),
     "cp2 ep4 dp2, recompute": layout(4, 1, cp=2, ep=4, recompute=("block",)),
     "pp2 cp2 dualpipe": layout(4, 4, pp=2, cp=2, schedule="dualpipe", model=DEEP),
+    "ep4 in rounds": layout(4, 1, ep=4, max_expert_rows=16),
+    "ep2 in rounds, one expert takes everything": layout(
+        2, 2, ep=2, max_expert_rows=9, skew="one takes all", model={"n_group": 1, "topk_group": 1}
+    ),
+    "pp2 ep2 zbv in rounds, recompute": layout(
+        4, 4, pp=2, ep=2, schedule="zbv", max_expert_rows=20, recompute=("block",), model=DEEP
+    ),
+    "two nodes of two": layout(4, 2, ep=4, node_size=2),
+    "two nodes of two in rounds": layout(4, 1, ep=4, node_size=2, max_expert_rows=10),
+    "four nodes of one": layout(4, 1, ep=4, node_size=1, model={"num_experts_per_tok": 4}),
+    "eight ranks, four nodes, recompute": layout(8, 1, ep=8, node_size=2, recompute=("block", "norms")),
     "pp2 ep2 dp2 1f1b": layout(8, 2, pp=2, ep=2),
 }
 

@@ -1,0 +1,86 @@
+"""All-to-alls of rows: plain, or with the rows on their way in FP8."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.nn import functional as F
+
+FP8_GROUP = 128
+
+
+class AllToAll:
+    """`leaving` rows to each member of a group, `arriving` rows from each; gradients go the other way."""
+
+    def __init__(self, group: dist.ProcessGroup, leaving: Sequence[int], arriving: Sequence[int]) -> None:
+        self._group, self._leaving, self._arriving = group, list(leaving), list(arriving)
+
+    def send(self, *tensors: Tensor) -> "TensorsInFlight":
+        """Launches the transfer of tensors [rows, ...]."""
+        return TensorsInFlight(self._group, tensors, self._leaving, self._arriving)
+
+    def send_gradients(self, *gradients: Tensor) -> "TensorsInFlight":
+        """Launches the transfer of the gradients of what arrived."""
+        return self.reversed().send(*gradients)
+
+    def reversed(self) -> "AllToAll":
+        """The way back."""
+        return AllToAll(self._group, self._arriving, self._leaving)
+
+
+class Fp8AllToAll(AllToAll):
+    """The same with the first tensor, rows [R, D], in E4M3 with a scale for every 128 values of a row, so in half the
+    bytes of BF16. The way back and gradients are not quantised (report, section 3.3.3)."""
+
+    def send(self, *tensors: Tensor) -> "_RowsInFlight":  # type: ignore[override]
+        """Launches the transfer; the rows arrive rounded, in their dtype."""
+        rows, *others = tensors
+        return _RowsInFlight(super().send(*quantise_rows(rows), *others), rows)
+
+
+class TensorsInFlight:
+    """All-to-alls under way."""
+
+    def __init__(
+        self, group: dist.ProcessGroup, tensors: Sequence[Tensor], leaving: list[int], arriving: list[int]
+    ) -> None:
+        self._sent = [tensor.contiguous() for tensor in tensors]
+        self._arrived = tuple(tensor.new_empty(sum(arriving), *tensor.shape[1:]) for tensor in tensors)
+        self._works = [
+            dist.all_to_all_single(out, sent, arriving, leaving, group=group, async_op=True)
+            for out, sent in zip(self._arrived, self._sent, strict=True)
+        ]
+
+    def wait(self) -> tuple[Tensor, ...]:
+        """What arrived, in the order of what was sent."""
+        for work in self._works:
+            work.wait()
+        self._sent.clear()
+        return self._arrived
+
+
+class _RowsInFlight:
+    """Quantised rows under way."""
+
+    def __init__(self, flight: TensorsInFlight, like: Tensor) -> None:
+        self._flight, self._width, self._dtype = flight, like.shape[1], like.dtype
+
+    def wait(self) -> tuple[Tensor, ...]:
+        codes, scales, *others = self._flight.wait()
+        return dequantise_rows(codes, scales, self._width).to(self._dtype), *others
+
+
+def quantise_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """E4M3 codes as bytes, [R, G, 128] uint8, and the scale of each group of 128 values, [R, G] in fp32: rows [R, D],
+    filled up with zeros. A group of zeros has scale 1."""
+    groups = F.pad(rows.float(), (0, -rows.shape[1] % FP8_GROUP)).unflatten(1, (-1, FP8_GROUP))
+    largest = groups.abs().amax(-1)
+    scales = torch.where(largest > 0, largest / torch.finfo(torch.float8_e4m3fn).max, 1.0)
+    return (groups / scales.unsqueeze(-1)).to(torch.float8_e4m3fn).view(torch.uint8), scales
+
+
+def dequantise_rows(codes: Tensor, scales: Tensor, width: int) -> Tensor:
+    """The inverse, up to rounding: [R, width] in fp32."""
+    values = codes.view(torch.float8_e4m3fn).float() * scales.unsqueeze(-1)
+    return values.flatten(1)[:, :width]
