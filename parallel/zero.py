@@ -1,9 +1,14 @@
 """DeepSpeed, in one file: ZeRO owns the end of the step and nothing else.
 
 Micro-batches run with plain autograd on the module, never through DeepSpeed's engine; then one `step` reduces the
-gradients over the data ranks, takes the global norm, clips, runs AdamW on this rank's share and gathers the weights
+gradients over the replicas, takes the global norm, clips, runs AdamW on this rank's share and gathers the weights
 (unmanaged gradient accumulation, where a step is the accumulation boundary). Which of DeepSpeed's wrappers does it
 depends on the dtype: fp32 weights take ZeRO's own, bf16 weights the one that accumulates gradients in fp32.
+
+DeepSpeed learns the layout from four things made here: an `mpu` that answers from the mesh; the groups of experts,
+filled in by hand; marks on expert parameters; and a root module that looks as if it had one of its MoE layers. It takes
+norms group by group with collectives over the model, so the root also has a dummy parameter for each group that a rank
+would otherwise lack.
 
 Every state is offered as ranges of one flat logical tensor a parameter (`OptimizerShard`), so that a checkpoint need
 not know how ZeRO cut it.
@@ -15,82 +20,124 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from parallel.mesh import Mesh
+from parallel.optimizer import (
+    AdamW,
+    Optimizer,
+    OptimizerConfig,
+    OptimizerShard,
+    ZeroConfig,
+    global_place,
+    gradient_sum,
+    is_expert,
+    sum_in_fp32,
+    sum_over_ends,
+)
+from parallel.replicated import ReplicatedOptimizer
 
 BUCKET_ELEMENTS = 50_000_000
 
 
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW and clipping (report, section 4.2). Norm weights are not decayed. `clip` bounds the global gradient norm;
-    0 leaves it alone."""
+def make_optimizer(
+    module: nn.Module,
+    *,
+    mesh: Mesh,
+    config: OptimizerConfig,
+    zero: ZeroConfig,
+    dtype: torch.dtype,
+    micro_batch_size: int,
+    shared: Mapping[str, bool],
+) -> Optimizer:
+    """The optimizer of this rank's part of the network, whose parameters have their names in the whole and become
+    `dtype`. Parameters that contain `.mlp.experts.` in their name are this rank's experts, stacked.
 
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name in ("beta1", "beta2"):
-            value = getattr(self, name)
-            if not 0 <= value < 1:
-                raise ValueError(f"{name} = {value} must lie in [0, 1); the report uses 0.9 and 0.95")
-        for name in ("eps", "weight_decay", "clip"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} = {getattr(self, name)} must not be negative")
-
-
-@dataclass(frozen=True)
-class OptimizerShard:
-    """This rank's part of one parameter: elements [start, start + numel) of it flattened, as fp32 master weights and
-    Adam's two moments. The tensors are live: writing to them changes the optimizer."""
-
-    name: str
-    start: int
-    tensors: dict[Literal["param", "exp_avg", "exp_avg_sq"], Tensor]
+    `shared` are names of parameters that the first and last rank of a pipeline both hold, and whether they count on
+    this one. `load_deepspeed` must have been called, and then processes joined, before. Raises ValueError, naming the
+    keys, for what cannot be combined.
+    """
+    if zero.stage > 1 and mesh.shape.pp > 1:
+        raise ValueError(
+            f"parallel.zero_stage = {zero.stage} needs parallel.pp = 1, not {mesh.shape.pp}: with a pipeline, "
+            "gradients and weights are needed whole until the step ends; use parallel.zero_stage = 1"
+        )
+    if zero.stage == 0:
+        if zero.offload != "none":
+            raise ValueError(
+                "parallel.optimizer_offload needs parallel.zero_stage = 1 or more, not 0; change one of them"
+            )
+        return ReplicatedOptimizer(module, mesh=mesh, config=config, dtype=dtype, shared=shared)
+    return ZeroOptimizer(
+        module, mesh=mesh, config=config, zero=zero, dtype=dtype, micro_batch_size=micro_batch_size, shared=shared
+    )
 
 
 class ZeroOptimizer:
-    """A module under DeepSpeed ZeRO-1. `load_deepspeed` must have been called, and then processes joined, before."""
+    """A module under DeepSpeed ZeRO."""
 
     def __init__(
-        self, module: nn.Module, *, config: OptimizerConfig, dtype: torch.dtype, micro_batch_size: int
+        self,
+        module: nn.Module,
+        *,
+        mesh: Mesh,
+        config: OptimizerConfig,
+        zero: ZeroConfig,
+        dtype: torch.dtype,
+        micro_batch_size: int,
+        shared: Mapping[str, bool],
     ) -> None:
         deepspeed = load_deepspeed()
         deepspeed.init_distributed(dist_init_required=False)
-        self.module = module
-        groups = _parameter_groups(module, config.weight_decay)
-        on_cuda = next(module.parameters()).is_cuda
-        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps, fused=on_cuda)
+        self.module, self._mesh, self._shared = module, mesh, dict(shared)
+        self.defers_weight_gradients = zero.stage == 1
+        for name, owned in shared.items():
+            module.get_parameter(name).ds_pipe_replicated = not owned  # type: ignore[attr-defined]
+        root, groups = _root_and_groups(deepspeed, module, mesh, config)
         # Its bf16 optimizer prints memory figures that nobody asked for.
         with contextlib.redirect_stdout(io.StringIO()):
             self._engine, *_ = deepspeed.initialize(
-                model=module,
-                optimizer=optimizer,
-                config=_deepspeed_config(config, dtype, micro_batch_size),
+                model=root,
+                optimizer=AdamW(groups, config),
+                mpu=_Mpu(mesh),
+                config=_deepspeed_config(config, zero, dtype, micro_batch_size),
                 dist_init_required=False,
             )
         self._zero = self._engine.optimizer
-        self._accumulates_in_fp32_buffers = hasattr(self._zero, "update_hp_grads")
-        self._start_moments_at_zero()
+        self._parameters = list(root.parameters())
+        self._has_fp32_sums = hasattr(self._zero, "fp32_groups_gradients")
+        if self._has_fp32_sums:
+            for parameters, sums in zip(self._zero.bf16_groups, self._zero.fp32_groups_gradients, strict=True):
+                for parameter, total in zip(parameters, sums, strict=True):
+                    sum_in_fp32(parameter, total.view(parameter.shape))
+        else:
+            # In unmanaged mode they only count.
+            for hook in self._zero._grad_acc_hooks:
+                hook.remove()
+        self._zero.optimizer.start()
+        self._zero._hp_optimizer_states_linked = False
+        self._zero._lazy_init_hp_params_optimizer_state()
 
-    def end_micro_batch(self) -> None:
-        """To be called after each micro-batch's backward pass: adds bf16 gradients to their fp32 sums."""
-        if self._accumulates_in_fp32_buffers:
-            self._zero.update_hp_grads(clear_lp_grads=True)
+    def accumulating(self) -> AbstractContextManager[None]:
+        """Is to surround all backward passes of a step."""
+        return contextlib.nullcontext()
 
     def step(self, learning_rate: float) -> tuple[float, bool]:
-        """Ends the step; returns the norm of the mean gradient before clipping, and whether weights were updated (they
-        are not when the norm is not finite)."""
+        """Ends the step; returns the norm of the mean gradient before clipping, and whether weights were updated."""
         for group in self._zero.param_groups:
             group["lr"] = learning_rate
-        if not self._accumulates_in_fp32_buffers:
+        sum_over_ends(self.module, self._shared, self._mesh)
+        if self._has_fp32_sums:
+            self._zero.fp32_groups_has_gradients = [[True] * len(group) for group in self._zero.bf16_groups]
+        else:
+            # Ranks must agree on what is summed, though some may have had no token for an expert.
+            for parameter in self._parameters:
+                gradient_sum(parameter)
             self._zero.setup_buckets()
         self._engine.step()
         return float(self._engine.get_global_grad_norm()), not self._zero.overflow
@@ -100,9 +147,12 @@ class ZeroOptimizer:
         for name, parameter in self.module.named_parameters():
             mapping = parameter._hp_mapping  # type: ignore[attr-defined]
             if mapping is not None:
+                start, shape = global_place(name, tuple(parameter.shape), self._mesh)
                 yield OptimizerShard(
                     name,
-                    mapping.lp_fragment_address.start,
+                    start + mapping.lp_fragment_address.start,
+                    shape,
+                    self._shared.get(name, True),
                     {
                         "param": mapping.get_hp_fragment().detach(),
                         "exp_avg": mapping.get_hp_fragment("exp_avg"),
@@ -111,47 +161,116 @@ class ZeroOptimizer:
                 )
 
     def refresh_weights(self, updates: int) -> None:
-        """After writing to the shards: makes the module's weights those of the masters, and sets Adam's count of
-        updates, which skipped steps are not."""
-        for state in self._zero.optimizer.state.values():
-            state["step"] = torch.full_like(state["step"], float(updates))
+        """After writing to the shards: makes the weights those of the masters and sets Adam's count of updates."""
+        self._zero.optimizer.set_updates(updates)
         self._zero.update_lp_params()
 
-    def _start_moments_at_zero(self) -> None:
-        """Makes Adam's state exist before the first step, so that it can be saved and loaded at any time."""
-        inner = self._zero.optimizer
-        for group in inner.param_groups:
-            for flat in group["params"]:
-                step = torch.zeros((), dtype=torch.float32, device=flat.device if group.get("fused") else "cpu")
-                inner.state[flat] = {
-                    "step": step,
-                    "exp_avg": torch.zeros_like(flat, requires_grad=False),
-                    "exp_avg_sq": torch.zeros_like(flat, requires_grad=False),
-                }
-        self._zero._hp_optimizer_states_linked = False
-        self._zero._lazy_init_hp_params_optimizer_state()
+
+class _Mpu:
+    """What DeepSpeed asks about the layout. Layers are divided, tensors are not: a "model parallel" group is a
+    pipeline, or the half of it that holds the whole model."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
+
+    def get_data_parallel_group(self) -> Any:
+        return self._mesh.replicas
+
+    def get_data_parallel_rank(self) -> int:
+        return int(self._mesh.replicas.rank())
+
+    def get_data_parallel_world_size(self) -> int:
+        return int(self._mesh.replicas.size())
+
+    def get_model_parallel_group(self) -> Any:
+        return self._mesh.model
+
+    def get_model_parallel_rank(self) -> int:
+        return int(self._mesh.model.rank())
+
+    def get_model_parallel_world_size(self) -> int:
+        return int(self._mesh.model.size())
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        return 0
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return 1
+
+    get_pipeline_model_parallel_group = get_model_parallel_group
+    get_pipeline_model_parallel_rank = get_model_parallel_rank
+    get_pipeline_model_parallel_world_size = get_model_parallel_world_size
 
 
-def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    parameters = list(module.parameters())
-    matrices = [p for p in parameters if p.dim() > 1]
-    vectors = [p for p in parameters if p.dim() == 1]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+def _root_and_groups(
+    deepspeed: Any, module: nn.Module, mesh: Mesh, config: OptimizerConfig
+) -> tuple[nn.Module, list[dict[str, Any]]]:
+    """The module inside what DeepSpeed needs beside it, and the optimizer's groups, the same ones on every rank."""
+    root = nn.ModuleDict({"module": module})
+    experts_are_apart = mesh.shape.ep > 1
+    members: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": []}
+    if experts_are_apart:
+        root["marker"] = _moe_marker(deepspeed, mesh)
+        members[f"ep_size_{mesh.shape.ep}"] = []
+    for name, parameter in module.named_parameters():
+        kind = "matrices" if parameter.dim() > 1 else "vectors"
+        members[f"ep_size_{mesh.shape.ep}" if experts_are_apart and is_expert(name) else kind].append(parameter)
+    device = next(module.parameters()).device
+    dummies = {
+        kind: nn.Parameter(torch.zeros(2, device=device)) for kind, parameters in members.items() if not parameters
+    }
+    root["dummies"] = nn.ParameterDict(dummies)
+    groups = []
+    for kind, parameters in members.items():
+        held = parameters or [dummies[kind]]
+        decay = 0.0 if kind == "vectors" else config.weight_decay
+        groups.append({"name": kind, "params": held, "weight_decay": decay})
+        if kind.startswith("ep_size_"):
+            groups[-1]["moe"] = True
+            for parameter in held:
+                parameter.allreduce, parameter.group_name = False, kind  # type: ignore[attr-defined]
+    return root, groups
 
 
-def _deepspeed_config(config: OptimizerConfig, dtype: torch.dtype, micro_batch_size: int) -> dict[str, Any]:
-    is_bf16 = dtype == torch.bfloat16
+def _moe_marker(deepspeed: Any, mesh: Mesh) -> nn.Module:
+    """An empty module by which DeepSpeed knows that there are experts, whose groups are told to it here."""
+    name, ranks = f"ep_size_{mesh.shape.ep}", mesh.shape
+    known = deepspeed.utils.groups
+    known._EXPERT_PARALLEL_GROUP[name] = mesh.expert
+    known._EXPERT_PARALLEL_GROUP_RANKS[name] = _ranks_with(mesh.rank, ranks.experts())
+    known._EXPERT_DATA_PARALLEL_GROUP[name] = mesh.expert_replicas
+    known._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = _ranks_with(mesh.rank, ranks.expert_replicas())
+
+    class Marker(deepspeed.moe.layer.MoE):
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+            self.num_experts, self.ep_size, self.num_local_experts = mesh.shape.ep, mesh.shape.ep, 1
+            self.expert_group_name = name
+
+        def set_deepspeed_parallelism(self, *_: Any, **__: Any) -> None:
+            """The groups are there."""
+
+    return Marker()
+
+
+def _ranks_with(rank: int, partition: list[tuple[int, ...]]) -> list[int]:
+    return next(list(ranks) for ranks in partition if rank in ranks)
+
+
+def _deepspeed_config(
+    config: OptimizerConfig, zero: ZeroConfig, dtype: torch.dtype, micro_batch_size: int
+) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
         "gradient_clipping": config.clip,
         "steps_per_print": None,
-        "bf16": {"enabled": is_bf16},
+        "bf16": {"enabled": dtype == torch.bfloat16},
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {
-            "stage": 1,
+            "stage": zero.stage,
             "overlap_comm": False,
             "reduce_bucket_size": BUCKET_ELEMENTS,
             "allgather_bucket_size": BUCKET_ELEMENTS,
@@ -168,4 +287,6 @@ def load_deepspeed() -> Any:
     deepspeed = importlib.import_module("deepspeed")
     deepspeed.utils.logger.setLevel(logging.WARNING)
     importlib.import_module("deepspeed.comm.torch").__dict__["build_shm_op"] = lambda: None
+    tested = importlib.import_module("deepspeed.runtime.zero.utils").ZERO_SUPPORTED_OPTIMIZERS
+    tested += [AdamW] if AdamW not in tested else []
     return deepspeed

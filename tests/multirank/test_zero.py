@@ -1,6 +1,14 @@
-"""ZeRO-1 against plain torch: norm, loss and parameters after clipped AdamW steps, on 1, 2 and 4 ranks."""
+"""The end of a step on all layouts and ZeRO stages against plain torch: norm, masters and weights after clipped AdamW
+steps, skipped steps, and who owns which part of the state.
 
-import itertools
+The reference is one process that trains a whole small model. The gradients of its micro-batches are given to ranks that
+hold only their part of that model, as its layout would have them: a rank's own micro-batches for what is replicated,
+those of all its expert group for experts, and parts of the embedding's gradient on both ends of a pipeline.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -8,96 +16,257 @@ import torch
 from support import run_ranks, small_model
 from torch import Tensor, nn
 
+import parallel.zero
 from model.init import initialize
-from model.transformer import Transformer
-from parallel.zero import OptimizerConfig, ZeroOptimizer, load_deepspeed
+from model.linear import add_gradient
+from model.transformer import ModelPart, Transformer
+from parallel.mesh import Mesh, MeshShape, make_mesh
+from parallel.optimizer import is_expert
+from parallel.zero import Optimizer, OptimizerConfig, ZeroConfig, load_deepspeed, make_optimizer
 
-STEPS, BATCH, MICRO = 3, 8, 1
+STEPS, MICRO_BATCHES = 3, 4
 LEARNING_RATE = 1e-2
+CONFIG = small_model()
+FP32, BF16 = torch.float32, torch.bfloat16
+EMBEDDING = "embed_tokens.weight"
 
 
-def batches() -> list[Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(0, 96, (BATCH, 18), generator=generator) for _ in range(STEPS)]
+@dataclass(frozen=True)
+class Case:
+    world_size: int
+    pp: int = 1
+    ep: int = 1
+    bidirectional: bool = False
+    stage: int = 1
+    dtype: torch.dtype = FP32
+    moments: str = "fp32"
+    offload: str = "none"
+
+    @property
+    def shape(self) -> MeshShape:
+        return MeshShape(world_size=self.world_size, pp=self.pp, ep=self.ep, bidirectional=self.bidirectional)
 
 
-def total_loss(model: Transformer, tokens: Tensor) -> Tensor:
-    losses = model(tokens)
-    return losses.lm_loss + 0.3 * losses.mtp_loss + 1e-2 * losses.balance_loss
+@dataclass(frozen=True)
+class Reference:
+    """Of each step the gradient of each micro-batch and the norm; the parameters after the last one."""
+
+    gradients: list[list[dict[str, Tensor]]]
+    norms: list[float]
+    parameters: dict[str, Tensor]
 
 
-def make_model(dtype: torch.dtype) -> Transformer:
-    model = Transformer(small_model())
-    initialize(model, small_model(), seed=0)
+def whole_model(dtype: torch.dtype) -> Transformer:
+    model = Transformer(CONFIG)
+    initialize(model, CONFIG, seed=0)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model
 
 
-def train_plainly(dtype: torch.dtype) -> tuple[list[float], dict[str, Tensor]]:
-    """The reference: one process, fp32 AdamW with torch's own clipping; bf16 weights are rounded from fp32 ones."""
-    model, masters = make_model(dtype), make_model(torch.float32)
-    masters.load_state_dict({name: value.float() for name, value in model.state_dict().items()})
+@cache
+def train_plainly(dtype: torch.dtype, moments: str) -> Reference:
+    """fp32 AdamW with torch's own clipping; bf16 weights are rounded from fp32 ones, and bf16 moments after use."""
+    model = whole_model(dtype)
+    names = [name for name, _ in model.named_parameters()]
+    masters = {name: nn.Parameter(parameter.detach().float()) for name, parameter in model.named_parameters()}
     groups = [
-        {"params": [p for p in masters.parameters() if p.dim() > 1], "weight_decay": 0.1},
-        {"params": [p for p in masters.parameters() if p.dim() == 1], "weight_decay": 0.0},
+        {"params": [p for p in masters.values() if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in masters.values() if p.dim() == 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8)
-    norms = []
-    for batch in batches():
-        for tokens in batch.split(MICRO):
-            (total_loss(model, tokens) * MICRO / BATCH).backward()
-            for parameter, master in zip(model.parameters(), masters.parameters(), strict=True):
-                gradient = parameter.grad.float()
-                master.grad = gradient if master.grad is None else master.grad + gradient
-                parameter.grad = None
-        norms.append(float(nn.utils.clip_grad_norm_(masters.parameters(), 1.0)))
+    generator = torch.Generator().manual_seed(1)
+    gradients, norms = [], []
+    for _ in range(STEPS):
+        gradients.append([])
+        for _ in range(MICRO_BATCHES):
+            losses = model(torch.randint(0, 96, (1, 18), generator=generator))
+            loss = losses.lm_loss + 0.3 * losses.mtp_loss + 1e-2 * losses.balance_loss
+            found = torch.autograd.grad(loss, list(model.parameters()))
+            gradients[-1].append({name: gradient.float() for name, gradient in zip(names, found, strict=True)})
+        for name, master in masters.items():
+            master.grad = torch.stack([part[name] for part in gradients[-1]]).mean(0)
+        norms.append(float(nn.utils.clip_grad_norm_(masters.values(), 1.0)))
         optimizer.step()
-        optimizer.zero_grad()
-        for parameter, master in zip(model.parameters(), masters.parameters(), strict=True):
-            parameter.data.copy_(master.data)
-    return norms, {name: value.detach() for name, value in masters.named_parameters()}
+        for state in optimizer.state.values():
+            for key in ("exp_avg", "exp_avg_sq") if moments == "bf16" else ():
+                state[key] = state[key].bfloat16().float()
+        for name, parameter in model.named_parameters():
+            parameter.data.copy_(masters[name].data)
+    assert min(norms) > 1, "clipping must matter"
+    return Reference(gradients, norms, {name: master.detach() for name, master in masters.items()})
 
 
-def train_under_zero(rank: int, world_size: int, dtype: torch.dtype) -> tuple[list[float], dict[str, Tensor]]:
-    model = make_model(dtype)
-    zero = ZeroOptimizer(model, config=OptimizerConfig(), dtype=dtype, micro_batch_size=MICRO)
-    share = BATCH // world_size
+def part_here(mesh: Mesh) -> ModelPart:
+    """The dense layer on one stage, the others on the next; both of them in a bidirectional pipeline."""
+    shape = mesh.shape
+    both = shape.pp == 1 or shape.bidirectional
+    is_last = both or shape.pp_rank(mesh.rank) == shape.pp - 1
+    num_local_experts = CONFIG.n_routed_experts // shape.ep
+    return ModelPart(
+        layers=(0, 1, 2, 3) if both else (1, 2, 3) if is_last else (0,),
+        embedding=True,
+        head=is_last,
+        first_expert=shape.ep_rank(mesh.rank) * num_local_experts,
+        num_local_experts=num_local_experts,
+    )
+
+
+def shared_here(mesh: Mesh) -> dict[str, bool]:
+    if mesh.shape.pp == 1 or mesh.shape.bidirectional:
+        return {}
+    return {EMBEDDING: mesh.shape.pp_rank(mesh.rank) == 0}
+
+
+def experts_here(name: str, whole: Tensor, mesh: Mesh) -> Tensor:
+    return whole.chunk(mesh.shape.ep)[mesh.shape.ep_rank(mesh.rank)] if is_expert(name) else whole
+
+
+def gradients_here(name: str, mesh: Mesh, parts: list[dict[str, Tensor]]) -> Iterator[Tensor]:
+    """What the layout would make of the micro-batches of a step: their sum over replicas is R times the mean."""
+    (replicas,) = [ranks for ranks in mesh.shape.replicas() if mesh.rank in ranks]
+    (group,) = [ranks for ranks in mesh.shape.experts() if mesh.rank in ranks]
+    each = len(parts) // len(replicas)
+    for rank in group if is_expert(name) else (mesh.rank,):
+        first = replicas.index(rank) * each
+        for part in parts[first : first + each]:
+            gradient = experts_here(name, part[name], mesh) / each
+            # On the ends of a pipeline the embedding gets different gradients, which bf16 holds exactly.
+            yield gradient * (2 if shared_here(mesh)[name] else -1) if name in shared_here(mesh) else gradient
+
+
+def add_gradients(model: nn.Module, mesh: Mesh, parts: list[dict[str, Tensor]], optimizer: Optimizer) -> None:
+    """Through autograd and, where it is allowed, past it."""
+    with optimizer.accumulating():
+        for place, (name, parameter) in enumerate(model.named_parameters()):
+            for turn, gradient in enumerate(gradients_here(name, mesh, parts)):
+                if (place + turn) % 2 and optimizer.defers_weight_gradients:
+                    add_gradient(parameter, gradient.to(parameter.dtype))
+                else:
+                    parameter.backward(gradient.to(parameter.dtype))
+
+
+def build(case: Case) -> tuple[Transformer, Mesh, Optimizer]:
+    mesh = make_mesh(case.shape)
+    model = Transformer(CONFIG, part_here(mesh))
+    initialize(model, CONFIG, seed=0, first_expert=model.part.first_expert)
+    optimizer = make_optimizer(
+        model,
+        mesh=mesh,
+        config=OptimizerConfig(moments=case.moments),
+        zero=ZeroConfig(stage=case.stage, offload=case.offload),
+        dtype=case.dtype,
+        micro_batch_size=1,
+        shared=shared_here(mesh),
+    )
+    return model, mesh, optimizer
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    return float((one.flatten() - other.flatten()).norm() / other.norm().clamp(min=1e-12))
+
+
+def train(case: Case, reference: Reference) -> dict[str, object]:
+    """Trains on this rank; returns what it saw."""
+    model, mesh, optimizer = build(case)
     norms = []
-    for batch in batches():
-        for tokens in batch[rank * share : (rank + 1) * share].split(MICRO):
-            (total_loss(model, tokens) * MICRO / share).backward()
-            zero.end_micro_batch()
-        norm, updated = zero.step(LEARNING_RATE)
+    for parts in reference.gradients:
+        add_gradients(model, mesh, parts, optimizer)
+        norm, updated = optimizer.step(LEARNING_RATE)
         assert updated
         norms.append(norm)
-    return norms, {f"{shard.name}@{shard.start}": shard.tensors["param"].clone().numpy() for shard in zero.shards()}
+    expected = {name: experts_here(name, reference.parameters[name], mesh) for name, _ in model.named_parameters()}
+    masters, places = {}, []
+    for shard in optimizer.shards():
+        value = shard.tensors["param"]
+        whole = reference.parameters[shard.name]
+        assert shard.shape == tuple(whole.shape)
+        masters[f"{shard.name}@{shard.start}"] = float(
+            (value - whole.flatten()[shard.start : shard.start + len(value)]).norm() / whole.norm()
+        )
+        assert {tensor.dtype for key, tensor in shard.tensors.items() if key != "param"} == {
+            {"fp32": FP32, "bf16": BF16}[case.moments]
+        }
+        places.append((shard.name, shard.start, len(value), shard.owned))
+    weights = {name: distance(p.detach().float(), expected[name]) for name, p in model.named_parameters()}
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    skipped = skip_a_step(model, mesh, optimizer, reference.gradients[0])
+    changed = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
+    for shard in optimizer.shards():
+        shard.tensors["param"].copy_(
+            2 * reference.parameters[shard.name].flatten()[shard.start :][: len(shard.tensors["param"])]
+        )
+    optimizer.refresh_weights(0)
+    loaded = {name: distance(p.detach().float(), 2 * expected[name]) for name, p in model.named_parameters()}
+    return {
+        "norms": norms,
+        "masters": masters,
+        "weights": weights,
+        "places": places,
+        "skipped": skipped,
+        "changed": changed,
+        "loaded": loaded,
+    }
+
+
+def skip_a_step(model: nn.Module, mesh: Mesh, optimizer: Optimizer, parts: list[dict[str, Tensor]]) -> bool:
+    """Takes a step with a gradient that is infinite on one rank alone."""
+    add_gradients(model, mesh, parts, optimizer)
+    if mesh.rank == mesh.shape.world_size - 1:
+        with optimizer.accumulating():
+            last = list(model.parameters())[-1]
+            last.backward(torch.full_like(last, torch.inf))
+    return not optimizer.step(LEARNING_RATE)[1]
+
+
+def train_all(rank: int, cases: list[Case], references: list[Reference]) -> list[dict[str, object]]:
+    parallel.zero.BUCKET_ELEMENTS = 10_000
+    return [train(case, reference) for case, reference in zip(cases, references, strict=True)]
+
+
+def check(case: Case, reference: Reference, ranks: list[dict[str, object]]) -> None:
+    covered = {name: torch.zeros(value.numel(), dtype=torch.int64) for name, value in reference.parameters.items()}
+    for seen in ranks:
+        assert seen["norms"] == pytest.approx(reference.norms, rel=1e-5), case
+        for kind, tolerance in (("masters", 1e-5), ("weights", 1e-5 if case.dtype == FP32 else 4e-3)):
+            assert max(seen[kind].values()) < tolerance, (case, kind, seen[kind])
+        assert seen["skipped"], case
+        assert not seen["changed"], case
+        assert max(seen["loaded"].values()) < (1e-6 if case.dtype == FP32 else 4e-3), case
+        for name, start, numel, owned in seen["places"]:
+            covered[name][start : start + numel] += owned
+    for name, count in covered.items():
+        assert (count == 1).all(), (case, name, "is not owned by exactly one rank")
+
+
+CASES = [
+    Case(1),
+    Case(1, dtype=BF16),
+    Case(1, stage=0, dtype=BF16, moments="bf16"),
+    Case(2),
+    Case(2, ep=2, dtype=BF16),
+    Case(2, pp=2, bidirectional=True),
+    Case(4),
+    Case(4, dtype=BF16, moments="bf16"),
+    Case(4, ep=2),
+    Case(4, ep=2, dtype=BF16),
+    Case(4, pp=2),
+    Case(4, pp=2, ep=2),
+    Case(4, pp=2, ep=2, dtype=BF16),
+    Case(4, pp=2, ep=2, bidirectional=True),
+    Case(4, pp=2, ep=2, bidirectional=True, dtype=BF16),
+    Case(4, ep=2, stage=0),
+    Case(4, pp=2, ep=2, stage=0),
+    Case(4, pp=2, ep=2, stage=0, dtype=BF16),
+    Case(4, pp=2, ep=2, stage=0, bidirectional=True),
+]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_same_as_plain_torch(tmp_path: Path, world_size: int, dtype: torch.dtype) -> None:
+def test_same_as_plain_torch(tmp_path: Path, world_size: int) -> None:
     load_deepspeed()
-    norms, parameters = train_plainly(dtype)
-    # In bf16 ranks add the same rounded gradients in another order, so the bound is fp32's for the first step and
-    # grows where weights are rounded differently afterwards.
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    covered = {name: torch.zeros_like(value).flatten() for name, value in parameters.items()}
-    for rank_norms, shards in run_ranks(world_size, train_under_zero, world_size, dtype, folder=tmp_path):
-        assert rank_norms[0] == pytest.approx(norms[0], rel=1e-5)
-        assert rank_norms == pytest.approx(norms, rel=tolerance)
-        for key, value in shards.items():
-            name, _, start = key.rpartition("@")
-            covered[name][int(start) : int(start) + len(value)] += torch.from_numpy(value)
-    for name, value in parameters.items():
-        assert (covered[name] - value.flatten()).norm() < tolerance * value.norm(), name
-
-
-def test_forgotten_micro_batches_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A planted fault: bf16 gradients of only the first micro-batch of a step reach their fp32 sums."""
-    load_deepspeed()
-    norms, _ = train_plainly(torch.bfloat16)
-    add, calls = ZeroOptimizer.end_micro_batch, itertools.count()
-    monkeypatch.setattr(ZeroOptimizer, "end_micro_batch", lambda self: next(calls) % BATCH or add(self))
-    ((faulty, _),) = run_ranks(1, train_under_zero, 1, torch.bfloat16, folder=tmp_path)
-    assert faulty[0] != pytest.approx(norms[0], rel=1e-2)
+    cases = [case for case in CASES if case.world_size == world_size]
+    references = [train_plainly(case.dtype, case.moments) for case in cases]
+    by_rank = run_ranks(world_size, train_all, cases, references, folder=tmp_path)
+    for place, (case, reference) in enumerate(zip(cases, references, strict=True)):
+        check(case, reference, [seen[place] for seen in by_rank])

@@ -1,0 +1,186 @@
+"""What the ways to end an optimizer step have in common: their interface, AdamW, and how gradients are summed in fp32.
+
+Gradients are added up over micro-batches by whoever runs the backward passes, in any order: autograd adds to the `grad`
+of fp32 parameters, and to the fp32 sum `main_grad` of others (`sum_in_fp32`). At the end of the step
+
+    g = (1 / R) Σ over replicas of their sums        R = ranks with the same layers
+    AdamW with g · min(1, clip / (‖g‖ + 1e-6))       ‖g‖ over all parameters of the model, each counted once
+
+Routed experts have replicas only on the ranks with the same experts. They are divided by R nevertheless, because an
+expert sees the tokens of all R ranks.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from parallel.mesh import Mesh
+
+EXPERTS = ".mlp.experts."
+_ELEMENTS_AT_ONCE = 1 << 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and clipping (report, section 4.2). Norm weights are not decayed. `clip` bounds the global gradient norm;
+    0 leaves it alone. `moments` is how Adam's two moments are kept; the report keeps them in bf16 (section 3.3.3)."""
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    moments: Literal["fp32", "bf16"] = "fp32"
+
+    def __post_init__(self) -> None:
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} = {value} must lie in [0, 1); the report uses 0.9 and 0.95")
+        for name in ("eps", "weight_decay", "clip"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} = {getattr(self, name)} must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroConfig:
+    """What is divided over the replicas: nothing (0), optimizer (1), gradients too (2), weights too (3). `offload` puts
+    masters and moments into the CPU's memory."""
+
+    stage: Literal[0, 1, 2, 3] = 1
+    offload: Literal["none", "cpu"] = "none"
+
+
+@dataclass(frozen=True)
+class OptimizerShard:
+    """This rank's part of one parameter of the whole model, which has `shape`: elements [start, start + numel) of it
+    flattened, as fp32 master weights and Adam's two moments. The tensors are live: writing to them changes the
+    optimizer. Of equal shards on several ranks, one is `owned`."""
+
+    name: str
+    start: int
+    shape: tuple[int, ...]
+    owned: bool
+    tensors: dict[Literal["param", "exp_avg", "exp_avg_sq"], Tensor]
+
+
+class Optimizer(Protocol):
+    """Ends steps. `defers_weight_gradients` says whether weight gradients may come after the rest of their backward
+    pass."""
+
+    defers_weight_gradients: bool
+
+    def accumulating(self) -> AbstractContextManager[None]:
+        """Is to surround all backward passes of a step."""
+
+    def step(self, learning_rate: float) -> tuple[float, bool]:
+        """Ends the step; returns the norm of the mean gradient before clipping, and whether weights were updated (they
+        are not when the norm is not finite)."""
+
+    def shards(self) -> Iterator[OptimizerShard]:
+        """This rank's share of all parameters, in the order of their names in the module."""
+
+    def refresh_weights(self, updates: int) -> None:
+        """After writing to the shards: makes the module's weights those of the masters, and sets Adam's count of
+        updates, which skipped steps are not."""
+
+
+class AdamW(torch.optim.AdamW):
+    """AdamW whose moments can be kept in bf16. They exist from the start, so that they can be saved and loaded."""
+
+    def __init__(self, groups: list[dict[str, Any]], config: OptimizerConfig) -> None:
+        self._moments = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.moments]
+        on_cuda = all(parameter.is_cuda for group in groups for parameter in group["params"])
+        betas = config.beta1, config.beta2
+        super().__init__(groups, lr=0.0, betas=betas, eps=config.eps, fused=on_cuda)
+
+    def start(self) -> None:
+        """Sets both moments to zero. To be called when the groups hold the tensors that will be updated."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                # Fused kernels count on the device of what they update.
+                group["fused"] = group["fused"] and parameter.is_cuda
+                device = parameter.device if group["fused"] else "cpu"
+                self.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=device),
+                    "exp_avg": torch.zeros_like(parameter, dtype=self._moments, requires_grad=False),
+                    "exp_avg_sq": torch.zeros_like(parameter, dtype=self._moments, requires_grad=False),
+                }
+
+    def set_updates(self, updates: int) -> None:
+        """Sets the count that corrects the bias of the moments."""
+        for state in self.state.values():
+            state["step"] = torch.full_like(state["step"], float(updates))
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One update from the gradients."""
+        if self._moments == torch.float32:
+            return super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step_with_rounded_moments(parameter, group)
+        return None
+
+    def _step_with_rounded_moments(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        """The arithmetic is fp32; only what is kept is rounded."""
+        state, (beta1, beta2) = self.state[parameter], group["betas"]
+        state["step"] += 1
+        step, rate = float(state["step"]), group["lr"]
+        tensors = parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]
+        parts = [tensor.view(-1).split(_ELEMENTS_AT_ONCE) for tensor in tensors if tensor is not None]
+        for weights, gradient, kept_mean, kept_square in zip(*parts, strict=True):
+            mean = kept_mean.float().lerp_(gradient, 1 - beta1)
+            square = kept_square.float().lerp_(gradient.square(), 1 - beta2)
+            kept_mean.copy_(mean)
+            kept_square.copy_(square)
+            weights.mul_(1 - rate * group["weight_decay"])
+            size = square.div_(1 - beta2**step).sqrt_().add_(group["eps"])
+            weights.addcdiv_(mean, size, value=-rate / (1 - beta1**step))
+
+
+def is_expert(name: str) -> bool:
+    """Whether a parameter holds routed experts, [E_local, ...] of [E, ...]."""
+    return EXPERTS in name
+
+
+def global_place(name: str, shape: tuple[int, ...], mesh: Mesh) -> tuple[int, tuple[int, ...]]:
+    """Where this rank's part of a parameter begins in the whole one flattened, and the shape of that; `shape` is what
+    lives here."""
+    numel = torch.Size(shape).numel()
+    if not is_expert(name):
+        return 0, shape
+    return mesh.shape.ep_rank(mesh.rank) * numel, (shape[0] * mesh.shape.ep, *shape[1:])
+
+
+def sum_in_fp32(parameter: nn.Parameter, total: Tensor) -> None:
+    """From now on gradients of `parameter` are added to `total`, of the same shape, which becomes its `main_grad`."""
+    parameter.main_grad = total  # type: ignore[attr-defined]
+    parameter.register_post_accumulate_grad_hook(_move_gradient)
+
+
+def _move_gradient(parameter: Tensor) -> None:
+    parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]
+    parameter.grad = None
+
+
+def gradient_sum(parameter: nn.Parameter) -> Tensor:
+    """The gradient added up so far; zeros where there was none."""
+    total: Tensor | None = getattr(parameter, "main_grad", None)
+    if total is not None:
+        return total
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
+
+
+def sum_over_ends(module: nn.Module, names: Iterable[str], mesh: Mesh) -> None:
+    """Sums the gradients of parameters that the first and the last pipeline rank both hold and use."""
+    for name in sorted(names):
+        dist.all_reduce(gradient_sum(module.get_parameter(name)), group=mesh.ends)
