@@ -1,5 +1,22 @@
-"""One thread in every test: the same sums in a process and in its forks, and no crowd on two cores."""
+"""One thread in every test: the same sums in a process and in its forks, and no crowd on two cores. And the table of
+layouts, at the end of a run that tried any."""
 
+from typing import Any
+
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all-layouts", action="store_true", help="every layout of test_layouts.py, not a cover of pairs")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    rows = [value for report in reports for name, value in getattr(report, "user_properties", ()) if name == "layout"]
+    if rows:
+        terminalreporter.section("largest relative error of losses and norms, and of parameters, to one process")
+        for row in sorted(rows):
+            terminalreporter.line(row)
