@@ -22,10 +22,11 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from parallel.mesh import Mesh
 from parallel.optimizer import (
@@ -109,37 +110,23 @@ class ZeroOptimizer:
                 dist_init_required=False,
             )
         self._zero = self._engine.optimizer
-        self._parameters = list(root.parameters())
-        self._has_fp32_sums = hasattr(self._zero, "fp32_groups_gradients")
-        if self._has_fp32_sums:
-            for parameters, sums in zip(self._zero.bf16_groups, self._zero.fp32_groups_gradients, strict=True):
-                for parameter, total in zip(parameters, sums, strict=True):
-                    sum_in_fp32(parameter, total.view(parameter.shape))
-        else:
-            # In unmanaged mode they only count.
-            for hook in self._zero._grad_acc_hooks:
-                hook.remove()
+        self._gradients = _gradients(self._zero, list(root.parameters()), zero, dtype)
         self._zero.optimizer.start()
         self._zero._hp_optimizer_states_linked = False
         self._zero._lazy_init_hp_params_optimizer_state()
 
     def accumulating(self) -> AbstractContextManager[None]:
         """Is to surround all backward passes of a step."""
-        return contextlib.nullcontext()
+        return self._gradients.accumulating()
 
     def step(self, learning_rate: float) -> tuple[float, bool]:
         """Ends the step; returns the norm of the mean gradient before clipping, and whether weights were updated."""
         for group in self._zero.param_groups:
             group["lr"] = learning_rate
         sum_over_ends(self.module, self._shared, self._mesh)
-        if self._has_fp32_sums:
-            self._zero.fp32_groups_has_gradients = [[True] * len(group) for group in self._zero.bf16_groups]
-        else:
-            # Ranks must agree on what is summed, though some may have had no token for an expert.
-            for parameter in self._parameters:
-                gradient_sum(parameter)
-            self._zero.setup_buckets()
+        self._gradients.hand_over()
         self._engine.step()
+        self._gradients.forget()
         return float(self._engine.get_global_grad_norm()), not self._zero.overflow
 
     def shards(self) -> Iterator[OptimizerShard]:
@@ -164,6 +151,115 @@ class ZeroOptimizer:
         """After writing to the shards: makes the weights those of the masters and sets Adam's count of updates."""
         self._zero.optimizer.set_updates(updates)
         self._zero.update_lp_params()
+
+
+class _WholeGradients:
+    """Gradients that stay whole until the step ends (stage 1), fp32 ones in `grad`."""
+
+    def __init__(self, wrapper: Any, parameters: list[nn.Parameter]) -> None:
+        self._wrapper, self._parameters = wrapper, parameters
+        # DeepSpeed's own hooks only count here.
+        for hook in getattr(wrapper, "_grad_acc_hooks", []):
+            hook.remove()
+
+    def accumulating(self) -> AbstractContextManager[None]:
+        """Is to surround all backward passes of a step."""
+        return contextlib.nullcontext()
+
+    def hand_over(self) -> None:
+        """Puts the sums where DeepSpeed looks for them. Ranks must agree on what there is, though some may have had no
+        token for an expert."""
+        for parameter in self._parameters:
+            gradient_sum(parameter)
+        self._wrapper.setup_buckets()
+
+    def forget(self) -> None:
+        """After the step."""
+
+
+class _OwnSums(_WholeGradients):
+    """bf16 weights whose wrapper takes fp32 sums from us."""
+
+    def __init__(self, wrapper: Any, parameters: list[nn.Parameter]) -> None:
+        super().__init__(wrapper, parameters)
+        for parameter in parameters:
+            sum_in_fp32(parameter, torch.zeros_like(parameter, dtype=torch.float32))
+
+    def hand_over(self) -> None:
+        super().hand_over()
+        for parameter in self._parameters:
+            # Another tensor on the same memory, because DeepSpeed moves what it finds into its buckets.
+            parameter.grad_accum = gradient_sum(parameter).detach()  # type: ignore[attr-defined]
+
+    def forget(self) -> None:
+        for parameter in self._parameters:
+            gradient_sum(parameter).zero_()
+
+
+class _DeepSpeedSums(_WholeGradients):
+    """bf16 weights whose wrapper has fp32 sums of its own, and must hear that all of them are there."""
+
+    def __init__(self, wrapper: Any, parameters: list[nn.Parameter]) -> None:
+        super().__init__(wrapper, parameters)
+        for group, sums in zip(wrapper.bf16_groups, wrapper.fp32_groups_gradients, strict=True):
+            for parameter, total in zip(group, sums, strict=True):
+                sum_in_fp32(parameter, total.view(parameter.shape))
+
+    def hand_over(self) -> None:
+        self._wrapper.fp32_groups_has_gradients = [[True] * len(group) for group in self._wrapper.bf16_groups]
+
+
+class _DividedGradients(_WholeGradients):
+    """Gradients that are reduced during the step, each rank keeping the fp32 sums of its share (stages 2 and 3).
+
+    Replicas must reduce the same gradients at the same time, but experts may get theirs in a different number of parts
+    on each. So replicated parameters give the time, at which all gradients there are get reduced: when they are many,
+    and before a parameter gets its next, which would be added in the weights' own precision.
+    """
+
+    def __init__(self, wrapper: Any, parameters: list[nn.Parameter]) -> None:
+        super().__init__(wrapper, parameters)
+        self._groups = wrapper.bit16_groups
+        for parameter in parameters:
+            if getattr(parameter, "allreduce", True):
+                parameter.register_hook(partial(self._before, parameter))
+                parameter.register_post_accumulate_grad_hook(self._after)
+        self._num_waiting = 0
+
+    @contextlib.contextmanager
+    def accumulating(self) -> Iterator[None]:
+        self._wrapper.set_gradient_accumulation_boundary(False)
+        yield
+        self._reduce()
+
+    def _before(self, parameter: nn.Parameter, _: Tensor) -> None:
+        if parameter.grad is not None:
+            self._reduce()
+
+    def _after(self, parameter: Tensor) -> None:
+        self._num_waiting += parameter.numel()
+        if self._num_waiting > BUCKET_ELEMENTS:
+            self._reduce()
+
+    def _reduce(self) -> None:
+        self._num_waiting = 0
+        self._wrapper.setup_buckets()
+        for index, group in enumerate(self._groups):
+            for parameter in group:
+                if parameter.grad is not None:
+                    self._wrapper.reduce_ready_partitions_and_remove_grads(parameter, index)
+        self._wrapper.overlapping_partition_gradients_reduce_epilogue()
+
+    def hand_over(self) -> None:
+        """All are with DeepSpeed."""
+
+
+def _gradients(wrapper: Any, parameters: list[nn.Parameter], zero: ZeroConfig, dtype: torch.dtype) -> _WholeGradients:
+    if zero.stage > 1:
+        return _DividedGradients(wrapper, parameters)
+    if hasattr(wrapper, "fp32_groups_gradients"):
+        return _DeepSpeedSums(wrapper, parameters)
+    return (_WholeGradients if dtype == torch.float32 else _OwnSums)(wrapper, parameters)
 
 
 class _Mpu:
@@ -269,8 +365,10 @@ def _deepspeed_config(
         "bf16": {"enabled": dtype == torch.bfloat16},
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {
             "stage": zero.stage,
+            "offload_optimizer": {"device": zero.offload, "pin_memory": torch.cuda.is_available()},
             "overlap_comm": False,
             "reduce_bucket_size": BUCKET_ELEMENTS,
             "allgather_bucket_size": BUCKET_ELEMENTS,

@@ -6,7 +6,6 @@ hold only their part of that model, as its layout would have them: a rank's own 
 those of all its expert group for experts, and parts of the embedding's gradient on both ends of a pipeline.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -122,28 +121,35 @@ def experts_here(name: str, whole: Tensor, mesh: Mesh) -> Tensor:
     return whole.chunk(mesh.shape.ep)[mesh.shape.ep_rank(mesh.rank)] if is_expert(name) else whole
 
 
-def gradients_here(name: str, mesh: Mesh, parts: list[dict[str, Tensor]]) -> Iterator[Tensor]:
+def gradients_here(name: str, mesh: Mesh, parts: list[dict[str, Tensor]]) -> list[Tensor]:
     """What the layout would make of the micro-batches of a step: their sum over replicas is R times the mean."""
     (replicas,) = [ranks for ranks in mesh.shape.replicas() if mesh.rank in ranks]
     (group,) = [ranks for ranks in mesh.shape.experts() if mesh.rank in ranks]
     each = len(parts) // len(replicas)
-    for rank in group if is_expert(name) else (mesh.rank,):
+    gradients = []
+    for rank in group:
         first = replicas.index(rank) * each
         for part in parts[first : first + each]:
             gradient = experts_here(name, part[name], mesh) / each
-            # On the ends of a pipeline the embedding gets different gradients, which bf16 holds exactly.
-            yield gradient * (2 if shared_here(mesh)[name] else -1) if name in shared_here(mesh) else gradient
+            counts = is_expert(name) or rank == mesh.rank
+            gradients.append(gradient if counts else torch.zeros_like(gradient))
+    if name in shared_here(mesh):
+        # The ends of a pipeline get different gradients, which bf16 holds exactly.
+        gradients = [gradient * (2 if shared_here(mesh)[name] else -1) for gradient in gradients]
+    return gradients
 
 
 def add_gradients(model: nn.Module, mesh: Mesh, parts: list[dict[str, Tensor]], optimizer: Optimizer) -> None:
     """Through autograd and, where it is allowed, past it."""
+    gradients = {name: gradients_here(name, mesh, parts) for name, _ in model.named_parameters()}
     with optimizer.accumulating():
-        for place, (name, parameter) in enumerate(model.named_parameters()):
-            for turn, gradient in enumerate(gradients_here(name, mesh, parts)):
+        for turn in range(len(gradients[EMBEDDING])):
+            for place, (name, parameter) in enumerate(model.named_parameters()):
+                gradient = gradients[name][turn].to(parameter.dtype)
                 if (place + turn) % 2 and optimizer.defers_weight_gradients:
-                    add_gradient(parameter, gradient.to(parameter.dtype))
+                    add_gradient(parameter, gradient)
                 else:
-                    parameter.backward(gradient.to(parameter.dtype))
+                    parameter.backward(gradient)
 
 
 def build(case: Case) -> tuple[Transformer, Mesh, Optimizer]:
@@ -212,10 +218,10 @@ def train(case: Case, reference: Reference) -> dict[str, object]:
 def skip_a_step(model: nn.Module, mesh: Mesh, optimizer: Optimizer, parts: list[dict[str, Tensor]]) -> bool:
     """Takes a step with a gradient that is infinite on one rank alone."""
     add_gradients(model, mesh, parts, optimizer)
-    if mesh.rank == mesh.shape.world_size - 1:
-        with optimizer.accumulating():
-            last = list(model.parameters())[-1]
-            last.backward(torch.full_like(last, torch.inf))
+    extra = torch.inf if mesh.rank == mesh.shape.world_size - 1 else 0.0
+    with optimizer.accumulating():
+        last = list(model.parameters())[-1]
+        last.backward(torch.full_like(last, extra))
     return not optimizer.step(LEARNING_RATE)[1]
 
 
@@ -259,6 +265,17 @@ CASES = [
     Case(4, pp=2, ep=2, stage=0),
     Case(4, pp=2, ep=2, stage=0, dtype=BF16),
     Case(4, pp=2, ep=2, stage=0, bidirectional=True),
+]
+CASES = [
+    Case(2, stage=2),
+    Case(2, stage=2, dtype=BF16),
+    Case(2, stage=2, ep=2, dtype=BF16),
+    Case(4, stage=2, ep=2),
+    Case(4, stage=2, ep=2, dtype=BF16),
+    Case(2, offload="cpu"),
+    Case(2, offload="cpu", dtype=BF16),
+    Case(4, offload="cpu", pp=2, ep=2),
+    Case(4, offload="cpu", pp=2, ep=2, dtype=BF16),
 ]
 
 
