@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from parallel.mesh import MeshShape
-
-ScheduleName = Literal["1f1b", "zb1p", "zbv", "dualpipe", "dualpipev"]
+from parallel.schedule import ScheduleName
 
 
 @dataclass(frozen=True, kw_only=True)

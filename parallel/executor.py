@@ -19,7 +19,7 @@ from torch import distributed as dist
 from model.linear import WeightGradients, Work
 from parallel.chunk import Chunk, LossWeights, MicroBatch, Outcome
 from parallel.mesh import Mesh
-from parallel.schedule import Action, Kind, Overlapped, Schedule, Step, make_schedule
+from parallel.schedule import Action, Kind, Overlapped, Schedule, ScheduleName, Step, make_schedule
 from parallel.simulate import Op, Recv, Send, lower
 from parallel.tape import Steps, Tape, run_in_turns, run_to_end, without_gradients
 
@@ -40,7 +40,7 @@ class Executor:
     """The pipeline of one rank. `chunks` are those of its stages; `defers` says whether weight gradients may wait.
     `executed` lists the steps of the newest run."""
 
-    def __init__(self, chunks: Mapping[int, Chunk], *, mesh: Mesh, schedule: str, defers: bool) -> None:
+    def __init__(self, chunks: Mapping[int, Chunk], *, mesh: Mesh, schedule: ScheduleName, defers: bool) -> None:
         self.chunks = dict(chunks)
         self.mesh = mesh
         self.defers = defers

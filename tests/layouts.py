@@ -49,7 +49,12 @@ class Layout:
     @property
     def model(self) -> dict[str, Any]:
         groups = {} if self.skew == "none" else {"n_group": 1, "topk_group": 1}
-        return {"num_nextn_predict_layers": self.depth, "num_hidden_layers": self.layers, **groups}
+        return {
+            "num_nextn_predict_layers": self.depth,
+            "num_hidden_layers": self.layers,
+            "aux_loss_alpha": 0.01,
+            **groups,
+        }
 
     @property
     def model_key(self) -> str:

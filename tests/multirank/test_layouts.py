@@ -27,7 +27,7 @@ from parallel.zero import load_deepspeed
 from pretrain.assemble import assemble, open_data
 from pretrain.config import Config, load_config
 from pretrain.loop import plan_batches
-from pretrain.state import first_state
+from pretrain.state import TrainState, first_state
 from pretrain.step import train_step
 
 STEPS = 3
@@ -39,7 +39,6 @@ seed = 7
 
 [model]
 {model}
-aux_loss_alpha = 0.01
 
 [data]
 datasets = [{{ path = "{folder}/data" }}]
@@ -97,8 +96,10 @@ def train_plainly(config: Config, skew: str, dtype: torch.dtype) -> Numbers:
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8)
     stream, steps = open_data(config), []
-    state_specs = plan_batches(config.full_timeline, stream, _start(config, stream), config.train)
-    with BatchLoader(stream, state_specs) as batches:
+    specs = plan_batches(
+        config.full_timeline, stream, TrainState(0, 0, stream.start(config.train.seq_len)), config.train
+    )
+    with BatchLoader(stream, specs) as batches:
         for batch in itertools.islice(batches, STEPS):
             sums, load = torch.zeros(3, dtype=torch.float64), 0
             rows = list(zip(batch.tokens.long().split(1), batch.documents.split(1), strict=True))
@@ -126,12 +127,6 @@ def train_plainly(config: Config, skew: str, dtype: torch.dtype) -> Numbers:
     return Numbers(steps, {name: p.detach() for name, p in masters.named_parameters()}, biases)
 
 
-def _start(config: Config, stream: Any) -> Any:
-    from pretrain.state import TrainState
-
-    return TrainState(0, 0, stream.start(config.train.seq_len))
-
-
 @functools.cache
 def reference(path: Path, skew: str, dtype: torch.dtype) -> Numbers:
     return train_plainly(load_config(path), skew, dtype)
@@ -139,9 +134,8 @@ def reference(path: Path, skew: str, dtype: torch.dtype) -> Numbers:
 
 def train_rank(rank: int, path: Path, layout: Layout) -> dict[str, Any]:
     config = load_config(path, layout.overrides)
-    run = assemble(
-        config, Place(rank, layout.world_size, rank, torch.device("cpu"), layout.node_size), open_data(config)
-    )
+    place = Place(rank, layout.world_size, rank, torch.device("cpu"), layout.node_size)
+    run = assemble(config, place, open_data(config))
     skew_routing(list(run.model.expert_biases().values()), layout.skew)
     state, steps, shape = first_state(run), [], run.mesh.shape
     specs = plan_batches(run.timeline, run.stream, state, config.train)
