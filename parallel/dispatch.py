@@ -46,10 +46,10 @@ class _Way:
 
 
 class Dispatcher:
-    """Carries rows over `hops`, one after another; with none, all experts are here. At most `max_rows` (0: any number)
-    arrive at the experts at once. With `fp8` rows are in FP8 on the way there."""
+    """Carries rows over `hops` among the ranks of `group`; with none, all experts are here. At most `max_rows` (0: any
+    number) arrive at the experts at once. With `fp8` rows are in FP8 on the way there."""
 
-    def __init__(self, hops: Sequence[Hop] = (), *, max_rows: int = 0, fp8: bool = False) -> None:
+    def __init__(self, hops: Sequence[Hop], *, group: dist.ProcessGroup, max_rows: int = 0, fp8: bool = False) -> None:
         for hop in hops[-1:]:
             if 0 < max_rows <= dist.get_world_size(hop.group):
                 raise ValueError(
@@ -57,6 +57,7 @@ class Dispatcher:
                     "that send rows to an expert, or 0 for no bound"
                 )
         self._hops = tuple(hops)
+        self._group = group
         self._max_rows = max_rows
         self._exchange = Fp8AllToAll if fp8 else AllToAll
 
@@ -112,6 +113,14 @@ class Dispatcher:
 
         return part
 
+    def _count_rounds(self, counts: Tensor, bound: int) -> int:
+        """How many rounds keep the rows that arrive under the bound, the same on all ranks of the expert group: else
+        passes that take turns would take them differently."""
+        most = counts.sum(0).max()
+        if len(self._hops) > 1:
+            dist.all_reduce(most, dist.ReduceOp.MAX, group=self._group)
+        return max(-(-int(most) // (bound - len(counts))), 1)
+
     def _prepare(self, hop: Hop, routed: RoutedRows, *, bound: int) -> Steps[tuple[_Way, RoutedRows]]:
         """Finds out what goes where, in how many rounds, and copies it into the order of sending."""
         goes = _destinations(routed.experts, hop)
@@ -122,9 +131,9 @@ class Dispatcher:
         yield
         work.wait()
         # [from, to]
-        counts = torch.stack(everyones).cpu()
-        most = int(counts.sum(0).max())
-        num_rounds = max(-(-most // (bound - members)), 1) if bound else 1
+        counts = torch.stack(everyones)
+        num_rounds = self._count_rounds(counts, bound) if bound else 1
+        counts = counts.cpu()
         sizes = _sizes_of_rounds(counts, num_rounds)
         copies, rounds = _order(goes, sizes[:, place].to(goes.device), routed.experts.shape[1])
         exchanges = [self._exchange(hop.group, size[place].tolist(), size[:, place].tolist()) for size in sizes]
@@ -136,7 +145,8 @@ def make_dispatcher(mesh: Mesh, num_experts: int, *, max_rows: int, fp8: bool) -
     """The way to the `num_experts` experts of a layer: none, over an expert group, or over its nodes first."""
     nodes, ranks = dist.get_world_size(mesh.expert_node_peers), dist.get_world_size(mesh.expert_node)
     hops = [Hop(mesh.expert_node_peers, num_experts // nodes), Hop(mesh.expert_node, num_experts // nodes // ranks)]
-    return Dispatcher([hop for hop in hops if dist.get_world_size(hop.group) > 1], max_rows=max_rows, fp8=fp8)
+    hops = [hop for hop in hops if dist.get_world_size(hop.group) > 1]
+    return Dispatcher(hops, group=mesh.expert, max_rows=max_rows, fp8=fp8)
 
 
 def _destinations(experts: Tensor, hop: Hop) -> Tensor:
