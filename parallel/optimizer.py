@@ -166,8 +166,10 @@ def sum_in_fp32(parameter: nn.Parameter, total: Tensor) -> None:
 
 
 def _move_gradient(parameter: Tensor) -> None:
-    parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]
-    parameter.grad = None
+    # Autograd calls this for a weight whose gradient was put off, too.
+    if parameter.grad is not None:
+        parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]
+        parameter.grad = None
 
 
 def gradient_sum(parameter: nn.Parameter) -> Tensor:
