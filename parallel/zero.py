@@ -23,7 +23,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,7 @@ from parallel.optimizer import (
 from parallel.replicated import ReplicatedOptimizer
 
 BUCKET_ELEMENTS = 50_000_000
+GATES = ".mlp.gate."
 
 
 def make_optimizer(
@@ -74,7 +75,8 @@ def make_optimizer(
                 "parallel.optimizer_offload needs parallel.zero_stage = 1 or more, not 0; change one of them"
             )
         return ReplicatedOptimizer(module, mesh=mesh, config=config, dtype=dtype, shared=shared)
-    return ZeroOptimizer(
+    cls = _DividedWeightsOptimizer if zero.stage == 3 else ZeroOptimizer
+    return cls(
         module, mesh=mesh, config=config, zero=zero, dtype=dtype, micro_batch_size=micro_batch_size, shared=shared
     )
 
@@ -99,7 +101,7 @@ class ZeroOptimizer:
         self.defers_weight_gradients = zero.stage == 1
         for name, owned in shared.items():
             module.get_parameter(name).ds_pipe_replicated = not owned  # type: ignore[attr-defined]
-        root, groups = _root_and_groups(deepspeed, module, mesh, config)
+        root, groups = _root_and_groups(deepspeed, module, mesh, config, zero)
         # Its bf16 optimizer prints memory figures that nobody asked for.
         with contextlib.redirect_stdout(io.StringIO()):
             self._engine, *_ = deepspeed.initialize(
@@ -111,9 +113,7 @@ class ZeroOptimizer:
             )
         self._zero = self._engine.optimizer
         self._gradients = _gradients(self._zero, list(root.parameters()), zero, dtype)
-        self._zero.optimizer.start()
-        self._zero._hp_optimizer_states_linked = False
-        self._zero._lazy_init_hp_params_optimizer_state()
+        self._start_moments()
 
     def accumulating(self) -> AbstractContextManager[None]:
         """Is to surround all backward passes of a step."""
@@ -132,25 +132,84 @@ class ZeroOptimizer:
     def shards(self) -> Iterator[OptimizerShard]:
         """This rank's share of all parameters, in the order of their names in the module."""
         for name, parameter in self.module.named_parameters():
-            mapping = parameter._hp_mapping  # type: ignore[attr-defined]
-            if mapping is not None:
-                start, shape = global_place(name, tuple(parameter.shape), self._mesh)
-                yield OptimizerShard(
-                    name,
-                    start + mapping.lp_fragment_address.start,
-                    shape,
-                    self._shared.get(name, True),
-                    {
-                        "param": mapping.get_hp_fragment().detach(),
-                        "exp_avg": mapping.get_hp_fragment("exp_avg"),
-                        "exp_avg_sq": mapping.get_hp_fragment("exp_avg_sq"),
-                    },
-                )
+            fragment = self._fragment(parameter)
+            if fragment is not None:
+                start, shape = global_place(name, self._shape(parameter), self._mesh)
+                start += fragment.start
+                yield OptimizerShard(name, start, shape, self._shared.get(name, True), fragment.tensors)
 
     def refresh_weights(self, updates: int) -> None:
         """After writing to the shards: makes the weights those of the masters and sets Adam's count of updates."""
         self._zero.optimizer.set_updates(updates)
+        self._write_weights()
+
+    def _start_moments(self) -> None:
+        self._zero.optimizer.start()
+        self._zero._hp_optimizer_states_linked = False
+        self._zero._lazy_init_hp_params_optimizer_state()
+
+    def _shape(self, parameter: Any) -> tuple[int, ...]:
+        """Of the parameter on this rank."""
+        return tuple(parameter.shape)
+
+    def _fragment(self, parameter: Any) -> "_Fragment | None":
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        return _Fragment(
+            mapping.lp_fragment_address.start,
+            {
+                "param": mapping.get_hp_fragment().detach(),
+                "exp_avg": mapping.get_hp_fragment("exp_avg"),
+                "exp_avg_sq": mapping.get_hp_fragment("exp_avg_sq"),
+            },
+        )
+
+    def _write_weights(self) -> None:
         self._zero.update_lp_params()
+
+
+class _DividedWeightsOptimizer(ZeroOptimizer):
+    """Stage 3, where a parameter is gathered while its module runs and is a fragment otherwise."""
+
+    def _start_moments(self) -> None:
+        # Gates hide their output from DeepSpeed, which would not gather their weights for the backward pass. Parameters
+        # that it calls external stay until the step ends.
+        for name, parameter in self.module.named_parameters():
+            parameter.is_external_param = GATES in name  # type: ignore[attr-defined]
+        # Its flat parts are in the groups only while they are updated.
+        self._zero._set_fp32_optimizer_param_groups()
+        self._zero.optimizer.start()
+        self._zero._clear_fp32_optimizer_param_groups()
+
+    def _shape(self, parameter: Any) -> tuple[int, ...]:
+        return tuple(parameter.ds_shape)
+
+    def _fragment(self, parameter: Any) -> "_Fragment | None":
+        group, place, numel = self._zero.grad_position[self._zero.get_param_id(parameter)]
+        start = numel * torch.distributed.get_rank(parameter.ds_process_group)
+        numel = min(numel, parameter.ds_numel - start)
+        if numel <= 0:
+            return None
+        flat = self._zero.fp32_partitioned_groups_flat[group]
+        tensors = {"param": flat.detach(), **self._zero.optimizer.state[flat]}
+        return _Fragment(
+            start, {kind: tensors[kind].narrow(0, place, numel) for kind in ("param", "exp_avg", "exp_avg_sq")}
+        )
+
+    def _write_weights(self) -> None:
+        self._zero._partition_all_parameters()
+        for group in range(len(self._zero.fp16_groups)):
+            self._zero._reassign_or_swap_out_partitioned_parameters(group)
+        if self._zero.persistent_parameters:
+            self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
+
+
+class _Fragment(NamedTuple):
+    """Elements of a parameter on this rank, from `start` on."""
+
+    start: int
+    tensors: dict[Literal["param", "exp_avg", "exp_avg_sq"], Tensor]
 
 
 class _WholeGradients:
@@ -210,7 +269,7 @@ class _DeepSpeedSums(_WholeGradients):
 
 
 class _DividedGradients(_WholeGradients):
-    """Gradients that are reduced during the step, each rank keeping the fp32 sums of its share (stages 2 and 3).
+    """Gradients that are reduced during the step, each rank keeping the fp32 sums of its share (stage 2).
 
     Replicas must reduce the same gradients at the same time, but experts may get theirs in a different number of parts
     on each. So replicated parameters give the time, at which all gradients there are get reduced: when they are many,
@@ -219,7 +278,6 @@ class _DividedGradients(_WholeGradients):
 
     def __init__(self, wrapper: Any, parameters: list[nn.Parameter]) -> None:
         super().__init__(wrapper, parameters)
-        self._groups = wrapper.bit16_groups
         for parameter in parameters:
             if getattr(parameter, "allreduce", True):
                 parameter.register_hook(partial(self._before, parameter))
@@ -237,14 +295,14 @@ class _DividedGradients(_WholeGradients):
             self._reduce()
 
     def _after(self, parameter: Tensor) -> None:
-        self._num_waiting += parameter.numel()
+        self._num_waiting += parameter.grad.numel() if parameter.grad is not None else 0
         if self._num_waiting > BUCKET_ELEMENTS:
             self._reduce()
 
     def _reduce(self) -> None:
         self._num_waiting = 0
         self._wrapper.setup_buckets()
-        for index, group in enumerate(self._groups):
+        for index, group in enumerate(self._wrapper.bit16_groups):
             for parameter in group:
                 if parameter.grad is not None:
                     self._wrapper.reduce_ready_partitions_and_remove_grads(parameter, index)
@@ -254,9 +312,29 @@ class _DividedGradients(_WholeGradients):
         """All are with DeepSpeed."""
 
 
+class _DividedWeightsGradients(_DividedGradients):
+    """The same for stage 3."""
+
+    @contextlib.contextmanager
+    def accumulating(self) -> Iterator[None]:
+        # Its first reduction would overwrite only what it has gradients for. From the second on it adds.
+        self._wrapper.grad_partitions_flat_buffer.zero_()
+        self._wrapper.micro_step_id = 1
+        with super().accumulating():
+            yield
+
+    def _reduce(self) -> None:
+        self._num_waiting = 0
+        for group in self._wrapper.fp16_groups:
+            for parameter in group:
+                if parameter.grad is not None:
+                    self._wrapper.reduce_ready_partitions_and_remove_grads(parameter)
+        self._wrapper.independent_gradient_partition_epilogue()
+
+
 def _gradients(wrapper: Any, parameters: list[nn.Parameter], zero: ZeroConfig, dtype: torch.dtype) -> _WholeGradients:
     if zero.stage > 1:
-        return _DividedGradients(wrapper, parameters)
+        return (_DividedGradients if zero.stage == 2 else _DividedWeightsGradients)(wrapper, parameters)
     if hasattr(wrapper, "fp32_groups_gradients"):
         return _DeepSpeedSums(wrapper, parameters)
     return (_WholeGradients if dtype == torch.float32 else _OwnSums)(wrapper, parameters)
@@ -299,14 +377,14 @@ class _Mpu:
 
 
 def _root_and_groups(
-    deepspeed: Any, module: nn.Module, mesh: Mesh, config: OptimizerConfig
+    deepspeed: Any, module: nn.Module, mesh: Mesh, config: OptimizerConfig, zero: ZeroConfig
 ) -> tuple[nn.Module, list[dict[str, Any]]]:
     """The module inside what DeepSpeed needs beside it, and the optimizer's groups, the same ones on every rank."""
     root = nn.ModuleDict({"module": module})
     experts_are_apart = mesh.shape.ep > 1
     members: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": []}
     if experts_are_apart:
-        root["marker"] = _moe_marker(deepspeed, mesh)
+        root["marker"] = _moe_marker(deepspeed, mesh, zero)
         members[f"ep_size_{mesh.shape.ep}"] = []
     for name, parameter in module.named_parameters():
         kind = "matrices" if parameter.dim() > 1 else "vectors"
@@ -324,11 +402,13 @@ def _root_and_groups(
         if kind.startswith("ep_size_"):
             groups[-1]["moe"] = True
             for parameter in held:
-                parameter.allreduce, parameter.group_name = False, kind  # type: ignore[attr-defined]
+                marked: Any = parameter
+                marked.allreduce, marked.group_name = False, kind
+                marked.ds_zero_placement_family, marked.ds_zero_partition_group_name = "autoep_expert", kind
     return root, groups
 
 
-def _moe_marker(deepspeed: Any, mesh: Mesh) -> nn.Module:
+def _moe_marker(deepspeed: Any, mesh: Mesh, zero: ZeroConfig) -> nn.Module:
     """An empty module by which DeepSpeed knows that there are experts, whose groups are told to it here."""
     name, ranks = f"ep_size_{mesh.shape.ep}", mesh.shape
     known = deepspeed.utils.groups
@@ -336,12 +416,15 @@ def _moe_marker(deepspeed: Any, mesh: Mesh) -> nn.Module:
     known._EXPERT_PARALLEL_GROUP_RANKS[name] = _ranks_with(mesh.rank, ranks.experts())
     known._EXPERT_DATA_PARALLEL_GROUP[name] = mesh.expert_replicas
     known._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = _ranks_with(mesh.rank, ranks.expert_replicas())
+    # Stage 3 takes experts of its own second kind only.
+    automatic = importlib.import_module("deepspeed.module_inject.auto_ep_layer").AutoEPMoELayer
+    base: Any = automatic if zero.stage == 3 else deepspeed.moe.layer.MoE
 
-    class Marker(deepspeed.moe.layer.MoE):
+    class Marker(base):
         def __init__(self) -> None:
             nn.Module.__init__(self)
             self.num_experts, self.ep_size, self.num_local_experts = mesh.shape.ep, mesh.shape.ep, 1
-            self.expert_group_name = name
+            self.expert_group_name = self.ep_group_name = name
 
         def set_deepspeed_parallelism(self, *_: Any, **__: Any) -> None:
             """The groups are there."""
