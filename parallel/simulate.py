@@ -334,8 +334,8 @@ def _channels(
 
 
 def _check_progress(lowered: tuple[tuple[Op, ...], ...]) -> None:
-    """That transfers can be carried out strictly one after another on every rank: taken as pairs of ends, they have an
-    order that is that of every list."""
+    """That every rank can go through its list even if each transfer waits for its other end. Steps are left out: what
+    they consume is asked for, here even arrived, before they begin."""
     queues = [deque(op for op in ops if isinstance(op, Transfer)) for ops in lowered]
     ready = deque(range(len(queues)))
     while ready:
