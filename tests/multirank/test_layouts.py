@@ -128,8 +128,16 @@ def train_plainly(config: Config, skew: str, dtype: torch.dtype) -> Numbers:
 
 
 @functools.cache
-def reference(path: Path, skew: str, dtype: torch.dtype) -> Numbers:
-    return train_plainly(load_config(path), skew, dtype)
+def reference(path: Path, skew: str, dtype: torch.dtype, seed: int = 7) -> Numbers:
+    return train_plainly(load_config(path, [f"run.seed={seed}"]), skew, dtype)
+
+
+@functools.cache
+def rounding_gaps(path: Path, skew: str) -> tuple[float, float]:
+    """How far the reference in bf16 is from itself in fp32, at worst over three runs: other weights, other samples."""
+    runs = [[reference(path, skew, dtype, seed) for dtype in (torch.bfloat16, torch.float32)] for seed in (7, 8, 9)]
+    of_steps, of_parameters = zip(*(relative_error(*run) for run in runs), strict=True)
+    return max(of_steps), max(of_parameters)
 
 
 def train_rank(rank: int, path: Path, layout: Layout) -> dict[str, Any]:
@@ -198,10 +206,9 @@ def check(layout: Layout, folder: Path, meeting: Path) -> tuple[float, float]:
     if layout.dtype == "fp32":
         bounds = (1e-5, 1e-5)
     else:
-        gaps = relative_error(reference(path, layout.skew, torch.bfloat16), exact)
+        gaps = rounding_gaps(path, layout.skew)
         bounds = (2 * gaps[0], 2 * gaps[1])
-    assert errors[0] < bounds[0], (errors, bounds)
-    assert errors[1] < bounds[1], (errors, bounds)
+    assert errors[0] < bounds[0] and errors[1] < bounds[1], (errors, bounds)
     return errors
 
 
