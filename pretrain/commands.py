@@ -6,6 +6,7 @@ from argparse import Namespace
 import torch
 
 from model.generate import generate
+from parallel.heartbeat import LostRankError, end_process
 from parallel.launch import Place, find_place, join_processes, leave_processes
 from parallel.zero import load_deepspeed
 from pretrain.config import check_layout, load_config
@@ -21,7 +22,10 @@ def train(arguments: Namespace) -> int:
     check_layout(config, place.world_size)
     load_deepspeed()
     join_processes(place)
-    finished = run(config, place)
+    try:
+        finished = run(config, place)
+    except LostRankError as error:
+        end_process(error, place.rank)
     leave_processes()
     return DONE if finished else STOPPED_EARLY
 

@@ -10,6 +10,7 @@ from typing import Any
 from data.loader import BatchLoader, BatchSpec
 from data.stream import SampleStream
 from model.counts import count_parameters, training_flops_per_token
+from parallel.heartbeat import watch_ranks
 from parallel.launch import Place
 from pretrain.assemble import DTYPES, Assembly, assemble, failing_together, open_data, verify_data
 from pretrain.config import Config, TrainConfig, dump_config
@@ -31,9 +32,10 @@ def train(config: Config, place: Place) -> bool:
     """Trains until the end that the configuration sets, from the newest checkpoint if there is one.
 
     Returns False when a signal stopped it before; a checkpoint of the last step is there either way. Processes must
-    have been joined. Raises UserError, on all ranks alike, before the first step.
+    have been joined. Raises UserError, on all ranks alike, before the first step; LostRankError as `watch_ranks` does.
     """
-    with catch_stop_signals() as stop:
+    # A launcher that sees the loss of a rank sends SIGTERM; what is waited for then is the name of that rank.
+    with catch_stop_signals() as stop, watch_ranks(place):
         with failing_together():
             stream = open_data(config)
             held_out = open_held_out(config) if config.train.validate_every else None
