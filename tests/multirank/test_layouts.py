@@ -208,7 +208,7 @@ def check(layout: Layout, folder: Path, meeting: Path) -> tuple[float, float]:
     else:
         gaps = rounding_gaps(path, layout.skew)
         bounds = (2 * gaps[0], 2 * gaps[1])
-    assert errors[0] < bounds[0] and errors[1] < bounds[1], (errors, bounds)
+    assert all(error < bound for error, bound in zip(errors, bounds, strict=True)), (errors, bounds)
     return errors
 
 
