@@ -14,7 +14,9 @@ dualpipe   of the DeepSeek-V3 report, section 3.2.1: micro-batches enter at both
            either direction. Bubble (PP / 2 - 1)(F&B + B - 3W).
 dualpipev  the same folded in the middle: one direction, half as many ranks, with the two stages of a pair on one rank.
 
-PP is the number of stages; `parallel.simulate` measures these bubbles and says when they hold.
+PP is the number of stages. With equal stages and free sends, the rank that waits longest waits exactly that long: 1f1b
+always, zb1p if W <= F and W <= I, dualpipe and dualpipev if F <= I and W <= I; otherwise longer. `parallel.simulate`
+measures it for any costs.
 """
 
 import enum

@@ -5,7 +5,7 @@ stage before for F, the gradient of the stage after for B and I. From the times 
 and the places of sends and receives.
 
 The bubble of a rank is the time of the whole run less the time it works. With equal stages and no time for sending it
-is what `parallel.schedule` states, exactly: see `tests/unit/parallel/test_simulate.py` for the conditions.
+is what `parallel.schedule` states, exactly.
 """
 
 from collections import Counter, defaultdict, deque
