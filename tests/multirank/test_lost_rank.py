@@ -113,8 +113,8 @@ def rank_main(rank: int, port: int, output: Path, step: Callable[[int, int], Non
                 if number == 3:
                     print("step 3")
             if steps == 4:
-                # The first to end waits for the last.
-                time.sleep(rank * 0.5)
+                # The first to end waits for the last, which would otherwise miss the store.
+                time.sleep(rank * PACE.limit / 2)
     except LostRankError as error:
         end_process(error, rank)
     except Exception as error:
