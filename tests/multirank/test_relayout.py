@@ -1,0 +1,60 @@
+"""A run goes on with another layout: what one wrote the other reads, and the steps that follow are the same."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from layout_runs import Numbers, put_together, reference, relative_error, train_rank, write_config
+from layouts import Layout
+from support import run_ranks, write_dataset
+
+from parallel.zero import load_deepspeed
+
+
+def layout(**changes: Any) -> Layout:
+    plain: dict[str, Any] = {
+        "pp": 1, "schedule": "1f1b", "ep": 1, "cp": 1, "extra_dp": 1, "zero_stage": 1, "recompute": (), "depth": 1,
+        "layers": 7, "skew": "none", "rounds": 0, "node_size": 0, "dtype": "fp32",
+    }  # fmt: skip
+    return Layout(**(plain | changes))
+
+
+LAYOUTS = {
+    "one rank": layout(),
+    "dp2": layout(extra_dp=2),
+    "dp2 zero0": layout(extra_dp=2, zero_stage=0),
+    "dp2 zero2": layout(extra_dp=2, zero_stage=2),
+    "ep4": layout(ep=4),
+    "pp2 1f1b": layout(pp=2),
+    "pp2 ep2 dualpipev": layout(pp=2, ep=2, schedule="dualpipev"),
+    "pp4 dualpipe": layout(pp=4, schedule="dualpipe"),
+    "pp2 cp2 zbv": layout(pp=2, cp=2, schedule="zbv"),
+}
+PAIRS = [
+    ("one rank", "pp2 ep2 dualpipev"),
+    ("pp2 ep2 dualpipev", "pp4 dualpipe"),
+    ("pp4 dualpipe", "ep4"),
+    ("ep4", "pp2 1f1b"),
+    ("pp2 1f1b", "dp2 zero0"),
+    ("dp2 zero0", "pp2 cp2 zbv"),
+    ("pp2 cp2 zbv", "dp2 zero2"),
+    ("dp2 zero2", "one rank"),
+]
+
+
+@pytest.mark.parametrize(("first", "second"), PAIRS)
+def test_goes_on_as_if_nothing_had_changed(tmp_path: Path, first: str, second: str) -> None:
+    load_deepspeed()
+    write_dataset(tmp_path / "data")
+    one, other = LAYOUTS[first], LAYOUTS[second]
+    path, meetings = write_config(tmp_path, one), [tmp_path / "1", tmp_path / "2"]
+    for meeting in meetings:
+        meeting.mkdir()
+    before = run_ranks(one.world_size, train_rank, path, one, 0, 2, folder=meetings[0])
+    after = put_together(run_ranks(other.world_size, train_rank, path, other, 2, 3, folder=meetings[1]))
+    ours = Numbers(before[0]["steps"] + after.steps, after.parameters, after.biases)
+    expected = reference(path, "none", torch.float32)
+    assert max(relative_error(ours, expected)) < 1e-5
+    for name, bias in expected.biases.items():
+        assert torch.equal(ours.biases[name], bias), name
