@@ -103,8 +103,7 @@ class AdamW(torch.optim.AdamW):
         """Sets both moments to zero. To be called when the groups hold the tensors that will be updated."""
         for group in self.param_groups:
             for parameter in group["params"]:
-                # Fused kernels count on the device of what they update.
-                group["fused"] = group["fused"] and parameter.is_cuda
+                # Fused kernels, which torch has for both, count on the device of what they update.
                 device = parameter.device if group["fused"] else "cpu"
                 self.state[parameter] = {
                     "step": torch.zeros((), dtype=torch.float32, device=device),

@@ -233,7 +233,9 @@ class _WholeGradients:
         self._wrapper.setup_buckets()
 
     def forget(self) -> None:
-        """After the step."""
+        """After the step: a skipped one would leave its sums behind where the optimizer is in the CPU's memory."""
+        sums = getattr(self._wrapper, "averaged_gradients", {})
+        sums.update(dict.fromkeys(sums))
 
 
 class _OwnSums(_WholeGradients):
@@ -251,6 +253,7 @@ class _OwnSums(_WholeGradients):
             parameter.grad_accum = gradient_sum(parameter).detach()  # type: ignore[attr-defined]
 
     def forget(self) -> None:
+        super().forget()
         for parameter in self._parameters:
             gradient_sum(parameter).zero_()
 
@@ -287,8 +290,16 @@ class _DividedGradients(_WholeGradients):
     @contextlib.contextmanager
     def accumulating(self) -> Iterator[None]:
         self._wrapper.set_gradient_accumulation_boundary(False)
+        self._start_at_zero()
         yield
         self._reduce()
+
+    def _start_at_zero(self) -> None:
+        """DeepSpeed's first reduction overwrites old sums, but only those that it has gradients for. Told that it is
+        not the first, it adds."""
+        self._wrapper.micro_step_id = 0  # setup_buckets makes it 1.
+        for total in getattr(self._wrapper, "accumulated_grads_in_cpu", {}).values():
+            total.zero_()
 
     def _before(self, parameter: nn.Parameter, _: Tensor) -> None:
         if parameter.grad is not None:
@@ -315,13 +326,9 @@ class _DividedGradients(_WholeGradients):
 class _DividedWeightsGradients(_DividedGradients):
     """The same for stage 3."""
 
-    @contextlib.contextmanager
-    def accumulating(self) -> Iterator[None]:
-        # Its first reduction would overwrite only what it has gradients for. From the second on it adds.
-        self._wrapper.grad_partitions_flat_buffer.zero_()
+    def _start_at_zero(self) -> None:
         self._wrapper.micro_step_id = 1
-        with super().accumulating():
-            yield
+        self._wrapper.grad_partitions_flat_buffer.zero_()
 
     def _reduce(self) -> None:
         self._num_waiting = 0
