@@ -305,7 +305,7 @@ def train_really(case: Case) -> dict[str, Any]:
     executor = build_executor(model, layout, mesh, defers=optimizer.defers_weight_gradients)
     generator = torch.Generator().manual_seed(1)
     norms = []
-    for weight in (1.0, torch.inf, 1.0, 1.0):
+    for weight in (1.0, torch.inf, 1.0):
         batch = torch.randint(0, 96, (MICRO_BATCHES, 18), generator=generator)
         mine = [MicroBatch(tokens) for tokens in batch.chunk(case.world_size)[mesh.rank].split(1)]
         with optimizer.accumulating():
@@ -357,15 +357,14 @@ def test_stages_agree_when_the_model_runs(tmp_path: Path, layout: Case, stages: 
     cases = [replace(layout, stage=stage, offload=offload) for stage, offload in [(0, "none"), *stages]]
     by_rank = run_ranks(layout.world_size, train_all_really, cases, folder=tmp_path)
     reference = masters_of(cases[0], [seen[0]["masters"] for seen in by_rank])
-    # A master that differs in its last bit may round to another bf16 weight.
-    tolerance = 1e-5 if layout.dtype == FP32 else 1e-4
+    # A master that differs in its last bit may round to another bf16 weight, after which nothing is as close.
+    tolerance = 1e-5 if layout.dtype == FP32 else 1e-3
     for place, case in enumerate(cases[1:], start=1):
         for seen in by_rank:
-            assert seen[place]["norms"][0] == pytest.approx(seen[0]["norms"][0], rel=1e-5), case
-            assert seen[place]["norms"] == pytest.approx(seen[0]["norms"], rel=tolerance), case
+            assert seen[place]["norms"] == pytest.approx(seen[0]["norms"], rel=1e-5), case
             assert seen[place]["losses"] == pytest.approx(seen[0]["losses"], rel=tolerance), case
         for name, value in masters_of(case, [seen[place]["masters"] for seen in by_rank]).items():
-            assert distance(value, reference[name]) < tolerance, (case, name)
+            assert distance(value, reference[name]) < 1e-5, (case, name)
 
 
 def forget(*_: Any) -> None:
