@@ -5,7 +5,7 @@ brings the rows here and takes the results back; a choice that is not for an exp
 dropped and no capacity is set.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,7 @@ from model.permute import Copies, by_token, spread
 from model.recompute import Execution
 
 
-@dataclass(frozen=True)
-class RoutedRows:
+class RoutedRows(NamedTuple):
     """Rows [R, D] with the chosen experts [R, K], counted from the first that lives here (−1: none), and their weights
     [R, K] in fp32. `complete` says that no choice is −1."""
 

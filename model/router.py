@@ -8,7 +8,7 @@ Balance: after each step b moves by γ towards the experts that had less than th
 sequence-wise loss guards against imbalance inside one sequence (`sequence_balance_loss`).
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,7 @@ from model.config import ModelConfig
 BIAS_NAME = "e_score_correction_bias"
 
 
-@dataclass(frozen=True)
-class Route:
+class Route(NamedTuple):
     """Where tokens go: `experts` [T, K] indices, `weights` [T, K] in fp32, and the affinities `scores` [T, E]."""
 
     experts: Tensor

@@ -32,6 +32,13 @@ class ParallelConfig:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
         if self.max_expert_rows < 0:
             raise ValueError(f"max_expert_rows = {self.max_expert_rows} must not be negative; 0 sets no bound")
+        if self.zero_stage == 3 and self.max_expert_rows:
+            raise ValueError(
+                f"max_expert_rows = {self.max_expert_rows} needs zero_stage below 3: expert groups may take different "
+                "numbers of rounds, but would gather the experts' weights in each; set it to 0, or lower zero_stage"
+            )
+        if self.zero_stage == 0 and self.optimizer_offload:
+            raise ValueError("optimizer_offload = true needs zero_stage = 1, 2 or 3, not 0: DeepSpeed does it")
         if self.zero_stage > 1 and self.pp > 1:
             raise ValueError(
                 f"zero_stage = {self.zero_stage} needs pp = 1, not {self.pp}: with a pipeline, gradients and weights "

@@ -44,7 +44,6 @@ from parallel.optimizer import (
 from parallel.replicated import ReplicatedOptimizer
 
 BUCKET_ELEMENTS = 50_000_000
-GATES = ".mlp.gate."
 
 
 def make_optimizer(
@@ -173,10 +172,6 @@ class _DividedWeightsOptimizer(ZeroOptimizer):
     """Stage 3, where a parameter is gathered while its module runs and is a fragment otherwise."""
 
     def _start_moments(self) -> None:
-        # Gates hide their output from DeepSpeed, which would not gather their weights for the backward pass. Parameters
-        # that it calls external stay until the step ends.
-        for name, parameter in self.module.named_parameters():
-            parameter.is_external_param = GATES in name  # type: ignore[attr-defined]
         # Its flat parts are in the groups only while they are updated.
         self._zero._set_fp32_optimizer_param_groups()
         self._zero.optimizer.start()

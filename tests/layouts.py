@@ -77,7 +77,7 @@ class Layout:
             and not (self.schedule == "dualpipe" and self.pp == 1)
             and self.layers >= stages - 1
             and not (self.node_size and self.ep == 1)
-            and not (self.rounds and self.ep == 1)
+            and not (self.rounds and (self.ep == 1 or self.zero_stage == 3))
             and 16 // (self.world_size // self.pp // self.cp) >= 2 * self.pp
         )
 

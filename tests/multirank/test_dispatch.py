@@ -1,0 +1,93 @@
+"""How rows travel: once to each rank, once to each node, never more than the bound at once, and in FP8 if asked."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import run_ranks
+from torch import Tensor
+from torch import distributed as dist
+
+from model.experts import RoutedRows
+from parallel.dispatch import Dispatcher, make_dispatcher
+from parallel.mesh import MeshShape, make_mesh
+from parallel.tape import Tape, run_to_end
+from parallel.transfer import AllToAll, dequantise_rows, quantise_rows
+
+WORLD, NUM_EXPERTS, WIDTH, TOKENS = 4, 8, 160, 13
+
+
+def choices(rank: int, skew: bool) -> Tensor:
+    generator = torch.Generator().manual_seed(rank)
+    scores = torch.rand(TOKENS, NUM_EXPERTS, generator=generator)
+    if skew:
+        scores[:, 5] = 2.0
+    return scores.argsort(-1, descending=True)[:, :3]
+
+
+def travel(rank: int, node_size: int, max_rows: int, fp8: bool, skew: bool) -> dict[str, Any]:
+    """Experts multiply by their number + 1, so that what should come back is known."""
+    mesh = make_mesh(MeshShape(world_size=WORLD, ep=WORLD, node_size=node_size))
+    dispatcher: Dispatcher = make_dispatcher(mesh, NUM_EXPERTS, max_rows=max_rows, fp8=fp8)
+    arrived: list[int] = []
+    sent: list[tuple[int, ...]] = []
+    send = AllToAll.send
+    AllToAll.send = lambda self, *tensors: sent.append(tuple(self._leaving)) or send(self, *tensors)
+    first = rank * NUM_EXPERTS // WORLD
+
+    def experts(routed: RoutedRows) -> Tensor:
+        arrived.append(len(routed.rows))
+        factors = torch.where(routed.experts >= 0, routed.weights * (routed.experts + first + 1), 0.0)
+        return routed.rows * factors.sum(1, keepdim=True)
+
+    generator = torch.Generator().manual_seed(100 + rank)
+    x = torch.randn(TOKENS, WIDTH, generator=generator).requires_grad_()
+    weights = torch.rand(TOKENS, 3, generator=generator).requires_grad_()
+    chosen = choices(rank, skew)
+    tape = Tape()
+    (out,) = tape.cut(run_to_end(dispatcher.run(tape, RoutedRows(x, chosen, weights), experts, experts)))
+    forward_rows, forward_sends = list(arrived), len(sent)
+    out.grad = torch.ones_like(out)
+    run_to_end(tape.backward())
+    factors = (weights * (chosen + 1)).sum(1, keepdim=True).detach()
+    seen = dequantise_rows(*quantise_rows(x.detach()), WIDTH) if fp8 else x.detach()
+    torch.testing.assert_close(out.detach(), seen * factors)
+    torch.testing.assert_close(x.grad, factors.expand_as(x))
+    torch.testing.assert_close(weights.grad, seen.sum(1, keepdim=True) * (chosen + 1))
+    dist.barrier()
+    return {"arrived": forward_rows, "all_arrived": arrived, "sent": sent[:forward_sends], "chosen": chosen.numpy()}
+
+
+def distinct(ranks: list[dict[str, Any]], experts_each: int) -> int:
+    """How many (token, place) pairs there are when a place holds so many experts."""
+    return sum(len({*row}) for rank in ranks for row in (rank["chosen"] // experts_each).tolist())
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("skew", [False, True])
+def test_a_token_is_one_row_on_each_rank(tmp_path: Path, skew: bool, fp8: bool) -> None:
+    ranks = run_ranks(WORLD, travel, 0, 0, fp8, skew, folder=tmp_path)
+    assert sum(sum(rank["arrived"]) for rank in ranks) == distinct(ranks, 2)
+    assert distinct(ranks, 2) < WORLD * TOKENS * 3
+
+
+def test_a_token_crosses_once_to_each_node(tmp_path: Path) -> None:
+    ranks = run_ranks(WORLD, travel, 2, 0, False, False, folder=tmp_path)
+    # The first transfer of each rank is the one between nodes; it goes to two peers, one a node.
+    assert all(len(rank["sent"][0]) == 2 for rank in ranks)
+    assert sum(sum(rank["sent"][0]) for rank in ranks) == distinct(ranks, 4)
+
+
+@pytest.mark.parametrize("skew", [False, True])
+def test_no_more_rows_arrive_at_once_than_allowed(tmp_path: Path, skew: bool) -> None:
+    bound = 11
+    ranks = run_ranks(WORLD, travel, 0, bound, False, skew, folder=tmp_path)
+    for rank in ranks:
+        assert max(rank["all_arrived"]) <= bound
+        assert len(rank["all_arrived"]) == 2 * len(rank["arrived"]), "the backward pass keeps nothing and goes again"
+    assert len({len(rank["arrived"]) for rank in ranks}) == 1
+    assert sum(sum(rank["arrived"]) for rank in ranks) == distinct(ranks, 2)
+    most = max(sum(rank["arrived"]) for rank in ranks)
+    assert len(ranks[0]["arrived"]) >= math.ceil(most / bound) > 1
