@@ -1,28 +1,45 @@
-"""What a rank holds in memory, by part: exactly for weights and optimizer, estimated for activations.
+"""What the ranks of a run hold in memory, by part: exactly for weights and optimizer, estimated for activations.
 
-Weights and optimizer follow `parallel.zero`. With N parameters over D data ranks, fp32 weights take 4N bytes, their
-gradients 4N, masters and moments 12N/D. In bf16 weights and gradients take 2N each, and the fp32 sums of gradients 4N.
+Weights and optimizer follow `parallel.zero`. N parameters take 4N bytes in fp32 and as much again for their gradients;
+in bf16 2N, and 4N for the fp32 sums of gradients. Masters and moments are another 12N (8N with moments in bf16). ZeRO
+divides over R replicas from stage 1 on masters and moments, from 2 on gradients, and from 3 on weights; R is smaller
+for experts, of which each lives on fewer ranks.
 
-Activations are the tensors that autograd keeps of one micro-batch, counted from the code of `model` with the fused
-attention and norms of a GPU; nothing is recomputed but the loss of long batches. They are gone when the step ends and
-its own buffers appear, so a rank's peak is what it always holds and the larger of the two. On an H200 the peak of
-`small` and `dsv3_2b` came out within 1 % of this, and the GPU's own count 1.9 to 2.4 GiB above it.
+Activations are those of `pretrain.activations`, of as many micro-batches as the schedule has alive at once. They are
+gone when the step ends and its own buffers appear, so a rank's peak is what it always holds and the larger of the two.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
 from model.config import ModelConfig
-from model.transformer import LOSS_CHUNK, Transformer
+from model.transformer import ModelPart, Transformer
+from parallel.optimizer import OptimizerConfig, is_expert
+from parallel.schedule import Schedule, make_schedule
+from parallel.simulate import UNIT, simulate
+from parallel.stages import part_of_rank, split_layers
 from parallel.zero import BUCKET_ELEMENTS
+from pretrain.activations import Activations, Sizes, peak_of_live
 
 GIB = 1 << 30
 DEVICE_OVERHEAD = 2 * GIB
 
-_INT64, _FP32 = 8, 4
+_FP32 = 4
 _ALIGNMENT = 2
 _REDUCED_AT_ONCE = 500_000_000
+_WHAT = {
+    "states": "between layers",
+    "norms": "inputs in fp32, outputs",
+    "attention": "latents, queries, keys, values",
+    "routing": "affinities, choices, permutations",
+    "routed experts": "rows there and back, SwiGLU; mean load",
+    "other MLPs": "of dense layers, shared experts",
+    "deferred": "of weight gradients that wait",
+    "loss": "log-probabilities",
+}
 
 
 @dataclass(frozen=True)
@@ -36,30 +53,53 @@ class Part:
 
 @dataclass(frozen=True)
 class Memory:
-    """The memory of one rank: `held` all the time, `micro_batch` until its backward pass ends, `step` at its end."""
+    """The memory of one rank: `held` all the time, `activations` until backward passes end, while `live` micro-batches
+    at most are alive (counted once a stage), `step` at the end; `on_host` bytes are in the CPU's memory."""
 
     held: tuple[Part, ...]
-    micro_batch: tuple[Part, ...]
+    activations: tuple[Part, ...]
     step: tuple[Part, ...]
+    live: int = 1
+    on_host: int = 0
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """All of the device's."""
+        return self.held + self.activations + self.step
 
     @property
     def peak(self) -> int:
         """Bytes of all tensors at once, without the `DEVICE_OVERHEAD` of driver and allocator."""
-        return total(self.held) + max(total(self.micro_batch), total(self.step))
+        return total(self.held) + max(total(self.activations), total(self.step))
 
 
 @dataclass(frozen=True)
 class ParameterSizes:
-    """Elements of the parameters: those of the two optimizer groups, and of the largest one."""
+    """Elements of the parameters of one rank: those of the optimizer's groups (`experts` apart only where they are
+    divided over ranks), and of the largest one."""
 
     matrices: int
     vectors: int
+    experts: int
     largest: int
 
     @property
     def all(self) -> int:
         """Every trained parameter."""
-        return self.matrices + self.vectors
+        return self.matrices + self.vectors + self.experts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Division:
+    """How what belongs to the optimizer is kept and divided, over `replicas` ranks, and `expert_replicas` for
+    experts."""
+
+    dtype: torch.dtype
+    moments: str
+    stage: int
+    offload: bool
+    replicas: int
+    expert_replicas: int
 
 
 def total(parts: tuple[Part, ...]) -> int:
@@ -67,128 +107,142 @@ def total(parts: tuple[Part, ...]) -> int:
     return sum(part.bytes for part in parts)
 
 
-def rank_memory(
-    model: ModelConfig,
+def rank_memories(
+    activations: Activations,
     *,
     dtype: torch.dtype,
-    data_ranks: int,
-    micro_batch_size: int,
-    seq_len: int,
-    masked_documents: bool = False,
-) -> Memory:
-    """The memory of a rank that trains all layers with ZeRO-1 over `data_ranks`."""
-    sizes = parameter_sizes(model)
-    tokens = micro_batch_size * seq_len
-    activations = activation_parts(
-        model, num_bytes=dtype.itemsize, tokens=tokens, seq_len=seq_len, masked_documents=masked_documents
+    optimizer: OptimizerConfig,
+    world_size: int,
+    num_micro_batches: int,
+) -> tuple[Memory, ...]:
+    """The memory of a rank at each place of the pipeline, all micro-batches of which are `num_micro_batches`."""
+    parallel, model = activations.parallel, activations.model
+    shape = parallel.mesh_shape(world_size)
+    replicas = len(shape.replicas()[0])
+    division = Division(
+        dtype=dtype,
+        moments=optimizer.moments,
+        stage=parallel.zero_stage,
+        offload=parallel.optimizer_offload,
+        replicas=replicas,
+        expert_replicas=replicas // parallel.ep,
     )
-    # The logits' two gradients are gone before the first gradient of a weight appears.
-    largest = max(2 * _logit_bytes(model, tokens), dtype.itemsize * sizes.largest)
-    return Memory(
-        held=_held(sizes, dtype, data_ranks),
-        micro_batch=(*activations, Part("backward pass", largest, "its largest gradients")),
-        step=_step_buffers(sizes, dtype, data_ranks),
+    # More micro-batches do not lie on top of one another.
+    schedule = make_schedule(
+        parallel.schedule, num_ranks=parallel.pp, num_micro_batches=min(num_micro_batches, 4 * parallel.pp)
     )
+    peaks = simulate(schedule, UNIT).peak_activations
+    memories = []
+    for place in range(parallel.pp):
+        part = part_of_rank(model, shape, schedule, place * shape.batch_ranks)
+        sizes = parameter_sizes(model, part)
+        live = _activations(activations, schedule, place, defers=parallel.zero_stage < 2)
+        logits, gradient = (activations.logits() if part.head else 0), dtype.itemsize * sizes.largest
+        # The logits and their two gradients are gone before gradients of weights appear and layers run again.
+        backward = max(2 * logits, gradient, activations.working(part.layers) + gradient - logits)
+        memories.append(
+            Memory(
+                held=_held(sizes, division),
+                activations=(*live, Part("backward pass", backward, "its largest gradients, what it computes again")),
+                step=_step_buffers(sizes, division),
+                live=peaks[place],
+                on_host=_optimizer_bytes(sizes, division) if division.offload else 0,
+            )
+        )
+    return tuple(memories)
 
 
-def parameter_sizes(model: ModelConfig) -> ParameterSizes:
+@cache
+def parameter_sizes(model: ModelConfig, part: ModelPart | None = None) -> ParameterSizes:
     """Counts on the meta device."""
     with torch.device("meta"):
-        parameters = list(Transformer(model).parameters())
+        parameters = dict(Transformer(model, part).named_parameters())
+    is_apart = part is not None and part.num_local_experts < model.n_routed_experts
+    experts = sum(p.numel() for name, p in parameters.items() if is_apart and is_expert(name))
     return ParameterSizes(
-        matrices=sum(p.numel() for p in parameters if p.dim() > 1),
-        vectors=sum(p.numel() for p in parameters if p.dim() == 1),
-        largest=max(p.numel() for p in parameters),
+        matrices=sum(p.numel() for p in parameters.values() if p.dim() > 1) - experts,
+        vectors=sum(p.numel() for p in parameters.values() if p.dim() == 1),
+        experts=experts,
+        largest=max(p.numel() for p in parameters.values()),
     )
 
 
-def _held(sizes: ParameterSizes, dtype: torch.dtype, data_ranks: int) -> tuple[Part, ...]:
-    padded = sum(_padded(numel, data_ranks) for numel in (sizes.matrices, sizes.vectors))
-    width, name = dtype.itemsize, "fp32" if dtype == torch.float32 else "bf16"
-    parts = [
-        Part("weights", width * padded, f"{name}, whole on every rank"),
-        Part("gradients", width * sizes.all, f"{name}, of a micro-batch" if width < _FP32 else "fp32, summed in place"),
-    ]
-    if width < _FP32:
-        parts.append(Part("gradient sums", _FP32 * padded, "fp32, whole on every rank"))
+def _activations(activations: Activations, schedule: Schedule, place: int, *, defers: bool) -> tuple[Part, ...]:
+    """Those of all live micro-batches at a place of the pipeline."""
+    layers, last = split_layers(activations.model, schedule.num_stages), schedule.num_stages - 1
+    stages = schedule.stages_of(place)
+    kept = {stage: activations.stage(layers[stage], is_last=stage == last) for stage in stages}
+    nothing: Mapping[int, Sizes] = {stage: Sizes() for stage in stages}
+    deferred = {stage: activations.deferred(layers[stage], is_last=stage == last) for stage in stages}
+    sizes = peak_of_live(schedule.steps[place], kept, deferred if defers else nothing)
+    return tuple(Part(name, sizes[name], what) for name, what in _WHAT.items() if sizes[name])
+
+
+def _held(sizes: ParameterSizes, division: Division) -> tuple[Part, ...]:
+    width, name = division.dtype.itemsize, "fp32" if division.dtype == torch.float32 else "bf16"
+    whole, shares = _padded(sizes, division), _shares(sizes, division)
+    is_divided = division.stage == 3
+    place = "shared out over replicas" if is_divided else "whole on every rank"
+    parts = [Part("weights", width * (shares if is_divided else whole), f"{name}, {place}")]
+    if division.stage >= 2:
+        parts.append(Part("gradient sums", _FP32 * shares, "fp32, shared out over replicas"))
+        waiting = min(BUCKET_ELEMENTS + sizes.largest, sizes.all)
+        parts.append(Part("gradients", width * waiting, f"{name}, until they are reduced"))
+    elif width < _FP32:
+        parts.append(Part("gradient sums", _FP32 * whole, "fp32, whole on every rank"))
     else:
-        parts.append(Part("bucket", _FP32 * BUCKET_ELEMENTS, "in which gradients are reduced"))
-    share = f"1/{data_ranks} of them" if data_ranks > 1 else "all of them"
-    parts.append(Part("masters and moments", 3 * _FP32 * (padded // data_ranks), f"fp32, {share}"))
+        parts.append(Part("gradients", _FP32 * sizes.all, "fp32, summed in place"))
+    if not division.offload:
+        parts.append(Part("masters and moments", _optimizer_bytes(sizes, division), _optimizer_share(sizes, division)))
     return tuple(parts)
 
 
-def _step_buffers(sizes: ParameterSizes, dtype: torch.dtype, data_ranks: int) -> tuple[Part, ...]:
-    if dtype == torch.float32:
-        share = _padded(sizes.matrices, data_ranks) // data_ranks
-        return (Part("own gradients", _FP32 * share, "this rank's share, flat"),)
-    # Gradient sums that fit into one bucket together are reduced in a copy; a larger one is reduced where it is.
-    copied = sizes.all if sizes.matrices <= _REDUCED_AT_ONCE else sizes.largest
-    return (Part("reduction", _FP32 * copied, "fp32 copies of gradients"),)
+def _optimizer_bytes(sizes: ParameterSizes, division: Division) -> int:
+    """Of a rank's masters and moments; without ZeRO, fp32 weights are their own masters."""
+    moments = 2 * (_FP32 if division.moments == "fp32" else 2)
+    if division.stage == 0:
+        return (moments + (_FP32 if division.dtype != torch.float32 else 0)) * sizes.all
+    return (moments + _FP32) * _shares(sizes, division)
 
 
-def activation_parts(
-    model: ModelConfig, *, num_bytes: int, tokens: int, seq_len: int, masked_documents: bool = False
-) -> tuple[Part, ...]:
-    """What autograd keeps of one micro-batch of `tokens` tokens, with activations of `num_bytes` each."""
-    depth, moe = model.num_nextn_predict_layers, len(model.moe_layers)
-    attention = model.num_layers * tokens * _attention_bytes(model, num_bytes)
-    if masked_documents:
-        attention += (1 + num_bytes) * tokens * seq_len
-    norms = 2 * model.num_layers + 1 + 3 * depth
-    joined = depth * tokens * 2 * num_bytes * model.hidden_size
-    dense = (model.num_layers - moe) * 4 * num_bytes * model.intermediate_size
-    shared = moe * 4 * num_bytes * model.n_shared_experts * model.moe_intermediate_size
-    parts = (
-        Part("norms", tokens * norms * _norm_bytes(model.hidden_size, num_bytes) + joined, "inputs in fp32, outputs"),
-        Part("attention", attention, "latents, queries, keys, values"),
-        Part("routing", moe * tokens * _routing_bytes(model, num_bytes), "affinities, choices, permutations"),
-        Part("routed experts", moe * tokens * _expert_bytes(model, num_bytes), "rows there and back, SwiGLU"),
-        Part("other MLPs", tokens * (dense + shared), "of dense layers, shared experts"),
-        Part("loss", _loss_bytes(model, tokens), f"log-probabilities of {min(tokens, LOSS_CHUNK)} tokens"),
+def _optimizer_share(sizes: ParameterSizes, division: Division) -> str:
+    kept = "fp32" if division.moments == "fp32" else "fp32 and bf16"
+    if division.stage == 0 or division.replicas == 1:
+        return f"{kept}, all of them"
+    experts = f", 1/{division.expert_replicas} of experts'" if sizes.experts else " of them"
+    return f"{kept}, 1/{division.replicas}{experts}"
+
+
+def _groups(sizes: ParameterSizes, division: Division) -> tuple[tuple[int, int], ...]:
+    """The optimizer's groups: elements, and over how many ranks they are divided."""
+    return (
+        (sizes.matrices, division.replicas),
+        (sizes.vectors, division.replicas),
+        (sizes.experts, division.expert_replicas),
     )
-    return tuple(part for part in parts if part.bytes)
 
 
-def _norm_bytes(size: int, num_bytes: int) -> int:
-    """A norm keeps its input in fp32, the normalised values, the root mean square and its output."""
-    return size * (_FP32 + 2 * num_bytes) + _FP32
+def _padded(sizes: ParameterSizes, division: Division) -> int:
+    """Elements of the flat groups of ZeRO, which are a multiple of the ranks."""
+    if division.stage == 0:
+        return sizes.all
+    return sum(-(-numel // (_ALIGNMENT * ranks)) * _ALIGNMENT * ranks for numel, ranks in _groups(sizes, division))
 
 
-def _attention_bytes(model: ModelConfig, num_bytes: int) -> int:
-    """Per token of a layer, without the norm before it."""
-    heads = model.num_attention_heads
-    queries_and_keys = 2 * heads * model.qk_head_dim
-    decompressed = heads * (model.qk_nope_head_dim + model.v_head_dim)
-    latents = [model.kv_lora_rank] + ([model.q_lora_rank] if model.q_lora_rank else [])
-    kept = num_bytes * (queries_and_keys + decompressed + heads * model.v_head_dim) + _FP32 * heads
-    return kept + sum(_norm_bytes(size, num_bytes) for size in latents)
+def _shares(sizes: ParameterSizes, division: Division) -> int:
+    """Elements of a rank's shares of the groups."""
+    return sum(-(-numel // (_ALIGNMENT * ranks)) * _ALIGNMENT for numel, ranks in _groups(sizes, division))
 
 
-def _routing_bytes(model: ModelConfig, num_bytes: int) -> int:
-    """Per token of a layer: affinities and their order over all experts; weights and permutations of the chosen."""
-    input_in_fp32 = _FP32 * model.hidden_size if num_bytes < _FP32 else 0
-    per_choice = 2 * _FP32 + 2 * _INT64
-    return input_in_fp32 + (_FP32 + _INT64) * model.n_routed_experts + per_choice * model.num_experts_per_tok
-
-
-def _expert_bytes(model: ModelConfig, num_bytes: int) -> int:
-    """Per token of a layer: rows in, gate and up, silu, product, and rows out in fp32 to be weighted."""
-    row = num_bytes * (model.hidden_size + 4 * model.moe_intermediate_size) + _FP32 * model.hidden_size
-    return model.num_experts_per_tok * row
-
-
-def _loss_bytes(model: ModelConfig, tokens: int) -> int:
-    """Log-probabilities of every prediction depth; of longer batches, those of the piece that is computed again."""
-    kept = 1 + model.num_nextn_predict_layers if tokens <= LOSS_CHUNK else 1
-    return kept * _logit_bytes(model, tokens)
-
-
-def _logit_bytes(model: ModelConfig, tokens: int) -> int:
-    return _FP32 * min(tokens, LOSS_CHUNK) * model.vocab_size
-
-
-def _padded(numel: int, data_ranks: int) -> int:
-    """ZeRO's flat groups are a multiple of this."""
-    multiple = _ALIGNMENT * data_ranks
-    return -(-numel // multiple) * multiple
+def _step_buffers(sizes: ParameterSizes, division: Division) -> tuple[Part, ...]:
+    if division.stage == 0:
+        return ()
+    if division.dtype == torch.float32 or division.stage >= 2:
+        share = max(-(-numel // ranks) for numel, ranks in _groups(sizes, division))
+        return (Part("own gradients", _FP32 * share, "this rank's share, flat"),)
+    if division.replicas == 1:
+        return ()
+    # Gradient sums that fit into one bucket together are reduced in a copy; a larger one is reduced where it is.
+    replicated = sizes.matrices + sizes.vectors
+    copied = max(size if size <= _REDUCED_AT_ONCE else sizes.largest for size in (replicated, sizes.experts))
+    return (Part("reduction", _FP32 * copied, "fp32 copies of gradients"),)

@@ -6,10 +6,17 @@ from itertools import pairwise
 
 import torch
 
+from model.config import ModelConfig
 from model.counts import ParameterCounts, cache_values_per_token, count_parameters, training_flops_per_token
+from parallel.config import ParallelConfig
+from parallel.schedule import make_schedule, num_stages
+from parallel.simulate import UNIT, simulate
+from parallel.simulate import Timeline as PipelineTimeline
+from parallel.stages import split_layers
+from pretrain.activations import Activations
 from pretrain.config import Config, TrainConfig, check_layout
 from pretrain.errors import UserError
-from pretrain.memory import DEVICE_OVERHEAD, GIB, Memory, rank_memory
+from pretrain.memory import DEVICE_OVERHEAD, GIB, Memory, rank_memories
 from pretrain.timeline import Timeline, TimelineValues
 
 
@@ -45,17 +52,16 @@ class Milestone:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the ranks are used."""
+    """How the ranks are used. `stages` are the main layers of each stage of the pipeline."""
 
     world_size: int
-    pp: int
-    ep: int
-    cp: int
+    parallel: ParallelConfig
+    stages: tuple[tuple[int, ...], ...]
 
     @property
     def dp(self) -> int:
         """Data ranks."""
-        return self.world_size // (self.pp * self.cp)
+        return self.world_size // (self.parallel.pp * self.parallel.cp)
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,23 @@ class Plan:
     milestones: tuple[Milestone, ...]
     num_steps: int
     num_tokens: int
-    memory: Memory
+    memories: tuple[Memory, ...]
+
+    @property
+    def memory(self) -> Memory:
+        """That of the rank which needs most; `memories` has a rank of each place in the pipeline."""
+        return max(self.memories, key=lambda memory: memory.peak)
+
+    @property
+    def num_micro_batches(self) -> tuple[int, ...]:
+        """In a step of each pipeline, ascending, as the batch grows."""
+        share = self.layout.dp * self.micro_batch_size
+        return tuple(sorted({milestone.values.batch_size // share for milestone in self.milestones}))
+
+    def pipeline(self) -> PipelineTimeline | None:
+        """A step of the first batch size, in units of a forward pass; nothing where there is no pipeline to speak
+        of."""
+        return pipeline_timeline(self.layout.parallel, self.num_micro_batches[0])
 
     @property
     def cache_saving(self) -> float:
@@ -98,13 +120,26 @@ def plan(config: Config, world_size: int) -> Plan:
         flops_per_token=training_flops_per_token(config.model, config.train.seq_len),
         flops=flops,
         cache=cache_values_per_token(config.model),
-        layout=Layout(world_size, parallel.pp, parallel.ep, parallel.cp),
+        layout=Layout(world_size, parallel, _stages(config.model, parallel)),
         micro_batch_size=config.train.micro_batch_size,
         milestones=tuple(_milestones(timeline, steps)),
         num_steps=steps[-1].step + steps[-1].num_steps,
         num_tokens=steps[-1].end,
-        memory=_memory(config, world_size, config.train.micro_batch_size),
+        memories=_memories(config, world_size),
     )
+
+
+def pipeline_timeline(parallel: ParallelConfig, num_micro_batches: int) -> PipelineTimeline | None:
+    """A step of a pipeline whose backward passes take twice as long as the forward ones, half of it for weights. None
+    where a rank has nobody to pass on to. Raises ValueError where the schedule does not exist for these numbers."""
+    if num_stages(parallel.schedule, parallel.pp) == 1:
+        return None
+    schedule = make_schedule(parallel.schedule, num_ranks=parallel.pp, num_micro_batches=num_micro_batches)
+    return simulate(schedule, UNIT)
+
+
+def _stages(model: ModelConfig, parallel: ParallelConfig) -> tuple[tuple[int, ...], ...]:
+    return tuple(split_layers(model, num_stages(parallel.schedule, parallel.pp)))
 
 
 def stretches(timeline: Timeline, train: TrainConfig) -> Iterator[Stretch]:
@@ -148,16 +183,27 @@ def _milestones(timeline: Timeline, steps: list[Stretch]) -> Iterator[Milestone]
             yield Milestone(after.step, after.tokens, timeline.at(after.tokens))
 
 
-def _memory(config: Config, data_ranks: int, micro_batch_size: int) -> Memory:
-    timeline = config.timeline
+def _memories(config: Config, world_size: int) -> tuple[Memory, ...]:
+    """Of a rank at each place of the pipeline, with the longest sequences and the largest batch of the run."""
+    timeline, train, parallel = config.timeline, config.train, config.parallel
     lengths = [piece.value for piece in timeline.seq_len] if isinstance(timeline.seq_len, tuple) else []
-    return rank_memory(
-        config.model,
-        dtype=torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32,
-        data_ranks=data_ranks,
-        micro_batch_size=micro_batch_size,
-        seq_len=round(max([config.train.seq_len, *lengths])),
+    sizes = [config.full_timeline.at(tokens).batch_size for tokens in (0, *config.full_timeline.boundaries())]
+    dtype = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32
+    activations = Activations(
+        model=config.model,
+        parallel=parallel,
+        num_bytes=dtype.itemsize,
+        micro_batch_size=train.micro_batch_size,
+        seq_len=round(max([train.seq_len, *lengths])),
         masked_documents=not config.data.cross_document_attention,
+    )
+    data_ranks = parallel.mesh_shape(world_size).dp
+    return rank_memories(
+        activations,
+        dtype=dtype,
+        optimizer=config.optimizer,
+        world_size=world_size,
+        num_micro_batches=max(sizes) // (data_ranks * train.micro_batch_size),
     )
 
 
@@ -166,31 +212,49 @@ def check_memory(config: Config, planned: Plan, device_memory_gib: float) -> Non
     needed = planned.memory.peak + DEVICE_OVERHEAD
     if needed <= device_memory_gib * GIB:
         return
-    parts = (*planned.memory.held, *planned.memory.micro_batch, *planned.memory.step)
-    largest = max(parts, key=lambda part: part.bytes)
+    largest = max(planned.memory.parts, key=lambda part: part.bytes)
     raise UserError(
         f"a rank needs {needed / GIB:.1f} GiB, more than --device-memory {device_memory_gib:g}; the largest part is "
         f"{largest.name}, {largest.bytes / GIB:.1f} GiB; "
-        + _remedy(config, planned.layout.dp, device_memory_gib * GIB - DEVICE_OVERHEAD)
+        + _remedy(config, planned.layout.world_size, device_memory_gib * GIB - DEVICE_OVERHEAD)
     )
 
 
-def _remedy(config: Config, data_ranks: int, limit: float) -> str:
-    """The first of smaller micro-batches and more ranks that makes it fit."""
-    train = config.train
+def _remedy(config: Config, world_size: int, limit: float) -> str:
+    """The first of smaller micro-batches, recomputation and more ranks that makes it fit."""
+    train, parallel = config.train, config.parallel
     for size in range(train.micro_batch_size - 1, 0, -1):
-        if train.micro_batch_size % size == 0 and _memory(config, data_ranks, size).peak <= limit:
+        smaller = replace(config, train=replace(train, micro_batch_size=size))
+        if train.micro_batch_size % size == 0 and _fits(smaller, world_size, limit):
             return f"train.micro_batch_size = {size} would fit"
-    smallest = replace(config, train=replace(train, micro_batch_size=1))
-    most_ranks = config.full_timeline.at(0).batch_size
-    for ranks in range(data_ranks + 1, most_ranks + 1):
-        if _divides(smallest, ranks) and _memory(config, ranks, 1).peak <= limit:
-            return f"{ranks} ranks with train.micro_batch_size = 1 would fit"
-    needed = _memory(config, most_ranks, 1).peak + DEVICE_OVERHEAD
-    return (
-        f"even {most_ranks} ranks with train.micro_batch_size = 1 would need {needed / GIB:.1f} GiB each; use devices "
-        "with more memory, shorter sequences or a smaller model"
+    frugal = replace(
+        config,
+        train=replace(train, micro_batch_size=1),
+        parallel=replace(parallel, recompute=(*parallel.recompute, "block")),
     )
+    if _fits(frugal, world_size, limit):
+        also = "" if train.micro_batch_size == 1 else " with train.micro_batch_size = 1"
+        return f'parallel.recompute = ["block"]{also} would fit'
+    ranks, most, peak = world_size, world_size, _peak(frugal, world_size)
+    while (ranks := 2 * ranks) <= world_size * config.full_timeline.at(0).batch_size:
+        if not _divides(frugal, ranks):
+            continue
+        most, peak = ranks, _peak(frugal, ranks)
+        if peak <= limit:
+            return f'{ranks} ranks with train.micro_batch_size = 1 and parallel.recompute = ["block"] would fit'
+    return (
+        f'even {most} ranks with train.micro_batch_size = 1 and parallel.recompute = ["block"] would need '
+        f"{(peak + DEVICE_OVERHEAD) / GIB:.1f} GiB each; divide the model further by parallel.pp and parallel.ep, or "
+        "use devices with more memory, shorter sequences or a smaller model"
+    )
+
+
+def _fits(config: Config, world_size: int, limit: float) -> bool:
+    return _divides(config, world_size) and _peak(config, world_size) <= limit
+
+
+def _peak(config: Config, world_size: int) -> int:
+    return max(memory.peak for memory in _memories(config, world_size))
 
 
 def _divides(config: Config, world_size: int) -> bool:

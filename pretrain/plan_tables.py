@@ -1,21 +1,35 @@
-"""The tables that `plan` prints."""
+"""The tables that `plan` prints, and the drawing of the pipeline."""
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from parallel.simulate import Timeline
+from parallel.timeline_drawing import ascii_timeline
 from pretrain.memory import DEVICE_OVERHEAD, GIB, Part, total
-from pretrain.plan import Plan
+from pretrain.plan import Layout, Plan
 from pretrain.units import short
+
+_MAX_WIDTH = 160
+_MAX_ROWS = 32
 
 
 def render(planned: Plan, console: Console) -> None:
     """Prints the tables of a plan."""
     ranks = planned.layout.world_size
     console.print(Text(f"{planned.name} on {ranks:,} rank{'s' if ranks > 1 else ''}", style="bold"), "")
-    for table in (_model(planned), _layout(planned), _timeline(planned), _memory(planned)):
+    for table in (_model(planned), _layout(planned), _timeline(planned)):
         console.print(table, "")
+    pipeline = planned.pipeline()
+    if pipeline is not None:
+        _draw_pipeline(pipeline, console)
+    console.print(_memory(planned), "")
+    if len(planned.memories) > 1:
+        console.print(_places(planned), "")
 
 
 def _model(planned: Plan) -> Table:
@@ -32,16 +46,60 @@ def _model(planned: Plan) -> Table:
 
 
 def _layout(planned: Plan) -> Table:
-    layout = planned.layout
+    layout, parallel = planned.layout, planned.layout.parallel
     table = _facts("Layout")
-    axes = ", ".join(f"{axis} {getattr(layout, axis)}" for axis in ("dp", "pp", "ep", "cp"))
-    table.add_row("ranks", f"{layout.world_size:,}: {axes}")
-    share = layout.dp * planned.micro_batch_size
-    counts = sorted({milestone.values.batch_size // share for milestone in planned.milestones})
+    table.add_row(
+        "ranks", f"{layout.world_size:,}: dp {layout.dp}, pp {parallel.pp}, ep {parallel.ep}, cp {parallel.cp}"
+    )
+    if len(layout.stages) > 1:
+        table.add_row("schedule", f"{parallel.schedule} over {len(layout.stages)} stages")
+        table.add_row("layers of a stage", f"{_stages(layout)}; the last has the head too")
+    offload = ", masters and moments in the CPU's memory" if parallel.optimizer_offload else ""
+    table.add_row("ZeRO", f"stage {parallel.zero_stage}{offload}")
+    if parallel.recompute:
+        table.add_row("recomputed", ", ".join(parallel.recompute))
+    counts = planned.num_micro_batches
     numbers = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
+    where = "in each pipeline" if parallel.pp > 1 else "on each rank"
     sequences = "sequence" if planned.micro_batch_size == 1 else "sequences"
-    table.add_row("micro-batches a step", f"{numbers} on each rank, of {planned.micro_batch_size} {sequences}")
+    table.add_row("micro-batches a step", f"{numbers} {where}, of {planned.micro_batch_size} {sequences}")
     return table
+
+
+def _stages(layout: Layout) -> str:
+    """How many main layers the stages have, equal neighbours together."""
+    words = []
+    for size, same in groupby(map(len, layout.stages)):
+        count = len(list(same))
+        words.append(f"{size} × {count}" if count > 1 else f"{size}")
+    return ", ".join(words)
+
+
+def _draw_pipeline(timeline: Timeline, console: Console) -> None:
+    """The whole timeline, or the ranks from both ends of it that there is room for."""
+    schedule = timeline.schedule
+    share = timeline.bubble / timeline.makespan
+    console.print(Text("Pipeline", style="bold"))
+    console.print(
+        Text(
+            f"  of a step of {schedule.num_micro_batches} micro-batches, where B = 2 F and W = F: the bubble is "
+            f"{100 * share:.1f} %, and at most {max(timeline.peak_activations)} are alive on a rank"
+        )
+    )
+    console.print()
+    drawing = ascii_timeline(timeline, width=min(console.width, _MAX_WIDTH)).split("\n")
+    console.print(Text("\n".join(_shortened(drawing, schedule.num_ranks)), no_wrap=True, overflow="crop"))
+    console.print()
+
+
+def _shortened(drawing: Sequence[str], num_ranks: int) -> Iterator[str]:
+    """The rows and the legend of a drawing."""
+    first = next(number for number, line in enumerate(drawing) if line.lstrip().startswith("0 "))
+    for rank, line in enumerate(drawing[first:]):
+        if num_ranks <= _MAX_ROWS or not _MAX_ROWS // 2 <= rank < num_ranks - _MAX_ROWS // 2:
+            yield line
+        elif rank == _MAX_ROWS // 2:
+            yield f"… {num_ranks - _MAX_ROWS} ranks more"
 
 
 def _timeline(planned: Plan) -> Table:
@@ -65,16 +123,38 @@ def _timeline(planned: Plan) -> Table:
 
 def _memory(planned: Plan) -> Table:
     memory = planned.memory
-    table = _table("Memory of a rank")
+    table = _table("Memory of a rank" if len(planned.memories) == 1 else "Memory of the rank that needs most")
     table.add_column("part")
     table.add_column("GiB", justify="right")
     table.add_column("")
     _add_parts(table, "held all the time", memory.held)
-    _add_parts(table, "in a micro-batch", memory.micro_batch, "estimated")
-    _add_parts(table, "at the end of a step", memory.step)
+    live = "in a micro-batch" if memory.live == 1 else f"of {memory.live} micro-batches"
+    _add_parts(table, live, memory.activations, "estimated")
+    if memory.step:
+        _add_parts(table, "at the end of a step", memory.step)
     table.add_row("peak", f"{memory.peak / GIB:.2f}", "the first and the larger of the others", style="bold")
     on_device = f"{(memory.peak + DEVICE_OVERHEAD) / GIB:.2f}"
     table.add_row("on a GPU, about", on_device, "with its driver and allocator", style="bold")
+    if memory.on_host:
+        table.add_row("on the host", f"{memory.on_host / GIB:.2f}", "masters and moments, of every rank")
+    return table
+
+
+def _places(planned: Plan) -> Table:
+    """The ranks along the pipeline, equal neighbours together."""
+    table = _table("Memory along the pipeline, in GiB")
+    for name in ("pipeline rank", "held", "activations", "live", "peak"):
+        table.add_column(name, justify="right")
+    rows = [
+        (*(f"{total(parts) / GIB:.2f}" for parts in (memory.held, memory.activations)), f"{memory.live}",
+         f"{memory.peak / GIB:.2f}")
+        for memory in planned.memories
+    ]  # fmt: skip
+    first = 0
+    for row, same in groupby(rows):
+        last = first + len(list(same)) - 1
+        table.add_row(f"{first}" if first == last else f"{first} to {last}", *row)
+        first = last + 1
     return table
 
 

@@ -180,9 +180,18 @@ MISTAKES = {
         ["precision.dtype=fp16"],
         "precision.dtype = 'fp16' must be 'bf16' or 'fp32'",
     ),
-    "a feature that there is not": (
-        ["parallel.pp=4"],
-        "parallel.pp = 4 must be 1",
+    "no rank for the layers": (
+        ["parallel.pp=0"],
+        "parallel.pp = 0 must be at least 1",
+    ),
+    "a schedule that there is not": (
+        ["parallel.schedule=gpipe"],
+        "parallel.schedule = 'gpipe' must be '1f1b' or 'zb1p' or 'zbv' or 'dualpipe' or 'dualpipev'",
+    ),
+    "sharded gradients in a pipeline": (
+        ["parallel.pp=2", "parallel.zero_stage=2"],
+        "parallel.zero_stage = 2 needs pp = 1, not 2: with a pipeline, gradients and weights are needed whole until "
+        "the step ends; use zero_stage = 1",
     ),
     "out of range": (
         ["train.micro_batch_size=0"],
@@ -258,13 +267,13 @@ MISTAKES = {
         ["checkpoint.async=true"],
         "checkpoint.async: this version has no checkpoints written in the background yet; remove the key",
     ),
-    "a pipeline schedule": (
-        ["parallel.schedule=1f1b"],
-        "parallel.schedule: this version has no pipeline schedules yet; remove the key",
-    ),
-    "recomputation": (
+    "recomputation of everything": (
         ["parallel.recompute=true"],
-        "parallel.recompute: this version has no recomputation of activations yet; remove the key",
+        "parallel.recompute = True must be a list",
+    ),
+    "recomputation of what cannot be": (
+        ["parallel.recompute=['norms', 'attention']"],
+        "parallel.recompute, entry 2 = 'attention' must be 'norms' or 'mla_up' or 'swiglu' or 'block'",
     ),
     "negative peak": (
         ["logging.peak_tflops=-1"],
@@ -388,6 +397,84 @@ def test_a_batch_that_does_not_divide(run: Path, overrides: list[str], ranks: in
     with pytest.raises(UserError) as caught:
         check_layout(load(run, *overrides), ranks)
     assert str(caught.value) == message
+
+
+EVEN = ("model.num_hidden_layers=8", "train.micro_batch_size=1")
+LAYOUTS = {
+    "ranks and pipeline": (
+        ["parallel.pp=4"],
+        6,
+        "6 ranks cannot be divided into parallel.pp × parallel.cp = 4 × 1 = 4; use a multiple of it, or lower "
+        "one of them",
+    ),
+    "ranks and experts": (
+        ["parallel.ep=4"],
+        6,
+        "parallel.ep = 4 must divide the dp × cp = 6 × 1 = 6 ranks that 6 ranks with parallel.pp = 1 have for each "
+        "part of the layers; use 3 or 6",
+    ),
+    "experts": (
+        ["parallel.ep=3"],
+        3,
+        "parallel.ep = 3 must divide model.n_routed_experts = 8; lower it",
+    ),
+    "heads and positions": (
+        ["parallel.cp=4"],
+        4,
+        "parallel.cp = 4 must divide model.num_attention_heads = 2; lower it",
+    ),
+    "layers": (
+        ["parallel.pp=8"],
+        8,
+        "num_hidden_layers = 3 are too few for 8 pipeline stages, which need 7; lower parallel.pp",
+    ),
+    "layers of two stages a rank": (
+        ["parallel.pp=4", "parallel.schedule=zbv"],
+        4,
+        "num_hidden_layers = 3 are too few for 8 pipeline stages, which need 7; lower parallel.pp",
+    ),
+    "an odd pipeline of two directions": (
+        [*EVEN, "parallel.pp=3", "parallel.schedule=dualpipe"],
+        3,
+        'parallel.pp = 3 must be even for schedule = "dualpipe", where ranks hold the stages in pairs',
+    ),
+    "too few micro-batches": (
+        [*EVEN, "parallel.pp=4", "parallel.schedule=dualpipe"],
+        8,
+        "a batch of 8 sequences is 4 micro-batches of 1 for each of 2 data ranks: schedule "
+        '"dualpipe" has 4 micro-batches on 4 ranks; it needs at least 8 (2 x ranks): use more micro-batches, or '
+        '"1f1b", which takes any number',
+    ),
+    "an odd number of micro-batches": (
+        [*EVEN, "train.batch_size=9", "parallel.pp=4", "parallel.schedule=dualpipe"],
+        4,
+        "a batch of 9 sequences is 9 micro-batches of 1 for each of 1 data ranks: schedule "
+        '"dualpipe" has 9 micro-batches; it needs an even number, since one half goes each way: use 10, or "dualpipev"',
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("overrides", "ranks", "message"), LAYOUTS.values(), ids=LAYOUTS)
+def test_a_layout_that_cannot_be(run: Path, overrides: list[str], ranks: int, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_layout(load(run, *overrides), ranks)
+    assert str(caught.value) == message
+
+
+def test_a_layout_that_cannot_be_ends_plan(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(run), "--world-size", "6", "--set", "parallel.pp=4"]) == 2
+    assert "6 ranks cannot be divided" in capsys.readouterr().err
+
+
+def test_layouts_that_can_be(run: Path) -> None:
+    for overrides, ranks in (
+        (["parallel.pp=4"], 4),
+        (["parallel.pp=2", "parallel.ep=4"], 8),
+        (["parallel.ep=8", "train.micro_batch_size=1"], 8),
+        ([*EVEN, "parallel.pp=4", "parallel.schedule=dualpipe"], 4),
+        ([*EVEN, "parallel.pp=4", "parallel.schedule=zbv"], 4),
+    ):
+        check_layout(load(run, *overrides), ranks)
 
 
 def test_every_batch_of_the_timeline_must_divide(run: Path) -> None:

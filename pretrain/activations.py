@@ -1,0 +1,244 @@
+"""What a micro-batch leaves on a rank between its forward and its backward pass, stage by stage.
+
+Counted are the tensors that autograd and the tape keep, read off the code of `model` and `parallel`, with the fused
+attention and norms of a GPU. `recompute` leaves out what is computed again. Experts get the mean load: a token chooses
+its K experts evenly among those of its groups, so on its way it is copied to as many nodes and ranks as that comes to,
+and R = T · copies rows arrive. Skewed routing takes more, up to `max_expert_rows` at once.
+
+T = tokens of a micro-batch on this rank, D = hidden size, I = inner size, K = experts of a token.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from model.config import ModelConfig
+from model.transformer import LOSS_CHUNK
+from parallel.config import ParallelConfig
+from parallel.schedule import Kind, Step, actions_of
+
+Sizes = Counter[str]
+"""Bytes by part."""
+
+NODE_SIZE = 8
+_INT64, _FP32 = 8, 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activations:
+    """Sizes of one micro-batch of `micro_batch_size` sequences, with activations of `num_bytes` each; nodes have
+    `node_size` ranks."""
+
+    model: ModelConfig
+    parallel: ParallelConfig
+    num_bytes: int
+    micro_batch_size: int
+    seq_len: int
+    masked_documents: bool = False
+    node_size: int = NODE_SIZE
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.micro_batch_size * self.seq_len // self.parallel.cp
+
+    def stage(self, layers: Sequence[int], *, is_last: bool) -> Sizes:
+        """What a stage of some main layers keeps; the last has the head and multi-token prediction too."""
+        model, depth = self.model, self.model.num_nextn_predict_layers if is_last else 0
+        blocks = [*layers, *range(model.num_hidden_layers, model.num_hidden_layers + depth)]
+        sizes: Sizes = Counter()
+        for index in blocks:
+            sizes.update(self._block_input() if self._has("block") else self.block(index))
+        row = self.num_bytes * model.hidden_size
+        # A stage ends in states that the next gets, or that the norm before the head takes.
+        sizes["states"] += self.tokens * (1 + depth) * row
+        if is_last:
+            # The joined halves take as much as the outputs of their norms would, of which none keeps its own. In fp32
+            # the embedding that goes into one of them is kept too.
+            embedded = row if self.num_bytes == _FP32 else 0
+            sizes["norms"] += self.tokens * ((1 + 3 * depth) * self._norm(model.hidden_size) + depth * embedded)
+            sizes["loss"] += self._loss()
+        if self.masked_documents:
+            sizes["attention"] += (1 + self.num_bytes) * self.micro_batch_size * self.seq_len**2
+        return sizes
+
+    def deferred(self, layers: Sequence[int], *, is_last: bool) -> Sizes:
+        """What a stage keeps between its input gradients and its weight gradients: inputs of its products, and the
+        gradients of their results."""
+        model, depth = self.model, self.model.num_nextn_predict_layers if is_last else 0
+        hidden, heads = model.hidden_size, model.num_attention_heads
+        latents = model.kv_lora_rank + (model.q_lora_rank or 0)
+        attention = 2 * hidden + 2 * latents + model.qk_rope_head_dim
+        attention += heads * (model.qk_head_dim + model.qk_nope_head_dim + 2 * model.v_head_dim)
+        values = 0
+        for index in [*layers, *range(model.num_hidden_layers, model.num_hidden_layers + depth)]:
+            if index in model.moe_layers:
+                inner = model.n_shared_experts * model.moe_intermediate_size
+                values += attention + (2 * hidden + 3 * inner if inner else 0)
+                if self._num_rounds == 1:
+                    values += model.num_experts_per_tok * (2 * hidden + 3 * model.moe_intermediate_size)
+            else:
+                values += attention + 2 * hidden + 3 * model.intermediate_size
+        return Counter({"deferred": self.tokens * self.num_bytes * (values + depth * 3 * hidden)})
+
+    def working(self, layers: Sequence[int]) -> int:
+        """Bytes of what a backward pass computes again, for a while, of the largest of some layers."""
+        again = max((self.block(index).total() for index in layers), default=0) if self._has("block") else 0
+        experts = (
+            self._round() if self._num_rounds > 1 and any(index in self.model.moe_layers for index in layers) else 0
+        )
+        return again + experts
+
+    def logits(self) -> int:
+        """Bytes of the log-probabilities of a batch, or of the largest piece of it."""
+        return _FP32 * min(self.tokens, LOSS_CHUNK) * self.model.vocab_size
+
+    def _loss(self) -> int:
+        """Those of every prediction depth; of longer batches, those of the piece that is computed again."""
+        kept = 1 + self.model.num_nextn_predict_layers if self.tokens <= LOSS_CHUNK else 1
+        return kept * self.logits()
+
+    def _has(self, part: str) -> bool:
+        return part in self.parallel.recompute
+
+    def _block_input(self) -> Sizes:
+        return Counter({"states": self.tokens * self.num_bytes * self.model.hidden_size})
+
+    def block(self, index: int) -> Sizes:
+        """What a layer keeps that is not run again as a whole."""
+        model, width = self.model, self.num_bytes
+        is_moe = index in model.moe_layers
+        inner = model.n_shared_experts * model.moe_intermediate_size if is_moe else model.intermediate_size
+        # The layer's input, and the residual after attention where a segment ends or a norm is run again from it.
+        states = 2 if is_moe or self._has("norms") or width == _FP32 else 1
+        sizes: dict[str, float] = {
+            "states": states * width * model.hidden_size,
+            "norms": self._norms(),
+            "attention": self._attention(),
+            "other MLPs": self._swiglu(inner),
+        }
+        if is_moe:
+            sizes |= {"routing": self._routing(), "routed experts": self._experts()}
+        return Counter({name: round(self.tokens * size) for name, size in sizes.items()})
+
+    def _norm(self, size: int) -> int:
+        """Beside the states: a copy in fp32, the normalised values, the root mean square and the output."""
+        copy = _FP32 if self.num_bytes < _FP32 else 0
+        return size * (copy + 2 * self.num_bytes) + _FP32
+
+    def _norms(self) -> int:
+        """The two of a layer. What the second gives is the input of the MLPs, another segment, and stays."""
+        hidden = self.model.hidden_size
+        if not self._has("norms"):
+            return 2 * self._norm(hidden)
+        is_input_of_queries = self._has("mla_up") and self.model.q_lora_rank is None
+        return (2 if is_input_of_queries else 1) * self.num_bytes * hidden
+
+    def _latent_norm(self, size: int, extra: int = 0) -> int:
+        """Of a norm inside attention, whose input is no state: `extra` values lie in the same memory."""
+        if not self._has("norms"):
+            return size * (_FP32 + 2 * self.num_bytes) + _FP32
+        outputs = size if self._has("mla_up") else 0
+        return self.num_bytes * (size + extra + outputs)
+
+    def _attention(self) -> int:
+        model, heads = self.model, self.model.num_attention_heads
+        queries, decompressed = heads * model.qk_head_dim, heads * (model.qk_nope_head_dim + model.v_head_dim)
+        out = heads * model.v_head_dim
+        is_divided = self.parallel.cp > 1
+        values = out * (2 if is_divided else 1)
+        if not self._has("mla_up"):
+            values += 2 * queries + decompressed
+        elif is_divided:
+            values += queries
+        if is_divided:
+            values += self.parallel.cp * (model.kv_lora_rank + model.qk_rope_head_dim)
+        latents = self._latent_norm(model.kv_lora_rank, model.qk_rope_head_dim)
+        latents += self._latent_norm(model.q_lora_rank) if model.q_lora_rank else 0
+        return self.num_bytes * values + _FP32 * heads + latents
+
+    def _swiglu(self, inner: int) -> int:
+        """Gate and up, silu, product."""
+        return (2 if self._has("swiglu") else 4) * self.num_bytes * inner
+
+    def _routing(self) -> int:
+        """Affinities and their order over all experts; weights and permutations of the chosen."""
+        model = self.model
+        input_in_fp32 = _FP32 * model.hidden_size if self.num_bytes < _FP32 else 0
+        per_choice = 2 * _FP32 + 2 * _INT64
+        return input_in_fp32 + (_FP32 + _INT64) * model.n_routed_experts + per_choice * model.num_experts_per_tok
+
+    @cached_property
+    def copies(self) -> tuple[float, ...]:
+        """To how many nodes and to how many ranks a token goes, on the mean; nothing where all experts are here."""
+        ep, size = self.parallel.ep, self.node_size
+        spans_nodes = size > 0 and ep % size == 0 and ep > size
+        places = [place for place in ([ep // size] if spans_nodes else []) + [ep] if place > 1]
+        return tuple(self._expected_copies(place) for place in places)
+
+    def _expected_copies(self, places: int) -> float:
+        """Of K choices among the experts of some groups, how many of the places that hold them are hit."""
+        model = self.model
+        share = model.topk_group / model.n_group if places % model.n_group == 0 else 1.0
+        experts, reachable = round(share * model.n_routed_experts), share * places
+        missed = math.comb(experts - model.n_routed_experts // places, model.num_experts_per_tok)
+        return reachable * (1 - missed / math.comb(experts, model.num_experts_per_tok))
+
+    @cached_property
+    def _num_rounds(self) -> int:
+        """In how many rounds the mean load comes."""
+        bound = self.parallel.max_expert_rows
+        if not bound or not self.copies:
+            return 1
+        members = min(self.parallel.ep, self.node_size) if len(self.copies) > 1 else self.parallel.ep
+        return max(-(-round(self.tokens * self.copies[-1]) // max(bound - members, 1)), 1)
+
+    def _experts(self) -> float:
+        """Rows on the way there and back, what experts make of them, and their results by row and choice in fp32."""
+        *before, last = self.copies or (0.0,)
+        if self._num_rounds > 1:
+            return sum(map(self._way, before)) + last * 2 * self.num_bytes * self.model.hidden_size
+        return sum(map(self._way, self.copies)) + self._expert_rows()
+
+    def _expert_rows(self) -> float:
+        model = self.model
+        row = self.num_bytes * model.hidden_size + self._swiglu(model.moe_intermediate_size)
+        # Every row that arrives has room for the results of K experts, though fewer are here.
+        results = _FP32 * model.hidden_size * (self.copies[-1] if self.copies else 1.0)
+        return model.num_experts_per_tok * (row + results)
+
+    def _way(self, copies: float) -> float:
+        """A row leaves and arrives, its result leaves and arrives; with weights, choices and places."""
+        choice = 2 * _FP32 + 2 * _INT64 + 1
+        return copies * (4 * self.num_bytes * self.model.hidden_size + choice * self.model.num_experts_per_tok)
+
+    def _round(self) -> int:
+        """Bytes of one round of dispatch with all that comes of it."""
+        return round(self.tokens * (self._way(self.copies[-1]) + self._expert_rows()) / self._num_rounds)
+
+
+def peak_of_live(steps: Sequence[Step], kept: Mapping[int, Sizes], deferred: Mapping[int, Sizes]) -> Sizes:
+    """The parts of a rank's activations when they take most: of each stage `kept` from F to B or I, `deferred` from I
+    to W."""
+    parts = {"kept": kept, "deferred": deferred}
+    costs = {(state, stage): sizes.total() for state, stages in parts.items() for stage, sizes in stages.items()}
+    live = Counter[tuple[str, int]]()
+    most, at_peak = -1, live.copy()
+    for step in steps:
+        actions = actions_of(step)
+        # The forward pass of two overlapped steps begins before the backward pass ends.
+        for action in actions:
+            live["kept", action.stage] += action.kind == Kind.FORWARD
+        for counted in (False, True):
+            for action in actions if counted else ():
+                live["kept", action.stage] -= action.kind in (Kind.BACKWARD, Kind.INPUT_GRAD)
+                live["deferred", action.stage] += (action.kind == Kind.INPUT_GRAD) - (action.kind == Kind.WEIGHT_GRAD)
+            now = sum(count * costs[key] for key, count in live.items())
+            if now > most:
+                most, at_peak = now, live.copy()
+    sizes: Sizes = Counter()
+    for (state, stage), count in at_peak.items():
+        sizes.update({name: count * size for name, size in parts[state][stage].items()})
+    return sizes
