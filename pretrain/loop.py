@@ -150,6 +150,7 @@ class _Meter:
             "bias_update_speed": values.bias_update_speed,
             "mtp_weight": values.mtp_weight,
             "batch_size": values.batch_size,
+            "world_size": self._run.place.world_size,
             "seq_len": values.seq_len,
             "grad_norm": result.grad_norm,
             "step_time_s": seconds,

@@ -19,6 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from parallel.simulate import Timeline
+from parallel.timeline_drawing import svg_timeline
 from pretrain.run_record import Column
 from pretrain.units import short
 
@@ -166,6 +168,11 @@ def _as_element(svg: str, label: str) -> str:
     for placeholder, name in _CSS_NAMES.items():
         body = body.replace(placeholder, f"var({name})")
     return f'<svg role="img" aria-label="{label}" {view_box[0] if view_box else ""}>{body}'
+
+
+def draw_pipeline(timeline: Timeline) -> str:
+    """The steps of every rank as an `svg` element for a page, without what only a file needs."""
+    return svg_timeline(timeline).replace(' xmlns="http://www.w3.org/2000/svg"', "")
 
 
 def draw_heat_map(load: Column) -> str:

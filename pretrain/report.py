@@ -8,7 +8,10 @@ from typing import SupportsFloat
 import numpy as np
 
 from data.shards import write_atomically
-from pretrain.plots import Line, Panel, draw_heat_map, draw_panels, heat_map_scale
+from pretrain.config import parse_config
+from pretrain.errors import UserError
+from pretrain.plan import pipeline_timeline
+from pretrain.plots import Line, Panel, draw_heat_map, draw_panels, draw_pipeline, heat_map_scale
 from pretrain.report_page import Card, Facts, heat_maps, page
 from pretrain.run_record import Column, RunRecord, read_record
 from pretrain.units import short
@@ -16,13 +19,14 @@ from pretrain.units import short
 REPORT = "report.html"
 _MAX_MAPS = 24
 _MIN_STEPS_TO_ZOOM = 50
+_MAX_RANKS, _MAX_BATCH, _MAX_ROWS = 1_000_000, 1_000_000, 64
 
 
 def write_report(run_folder: Path) -> Path:
     """Writes RUN/report.html from RUN/metrics.jsonl and RUN/config.toml, and returns where it lies. Raises UserError if
     there is no run to report on."""
     record = read_record(run_folder)
-    makers = (_loss, _late_loss, _gradient, _throughput, _schedule, _balance, _expert_load)
+    makers = (_loss, _late_loss, _gradient, _throughput, _schedule, _balance, _pipeline, _expert_load)
     content = page(
         title=record.name,
         subtitle=f"last step on {record.written:%d %B %Y at %H:%M (UTC%z)}",
@@ -162,6 +166,43 @@ def _expert_load(record: RunRecord) -> Card:
         is_wide=True,
         note=f"One map for {which} with experts: a row for each expert, time from left to right, from "
         f"{short(loads.tokens[0])} to {short(loads.tokens[-1])} tokens.",
+    )
+
+
+def _pipeline(record: RunRecord) -> Card:
+    """The last step, by the schedule; nothing where there is no pipeline, or the run does not say how it was laid
+    out."""
+    nothing = Card("", "", ())
+    world_size, batch_size = (record.columns[key][-1] for key in ("world_size", "batch_size"))
+    if not (1 <= world_size <= _MAX_RANKS and 1 <= batch_size <= _MAX_BATCH):
+        return nothing
+    try:
+        config = parse_config(record.config)
+        parallel, shape = config.parallel, config.parallel.mesh_shape(int(world_size))
+        number = int(batch_size) // (shape.dp * config.train.micro_batch_size)
+        if parallel.pp > _MAX_ROWS:
+            return nothing
+        timeline, drawn = (pipeline_timeline(parallel, count) for count in (number, min(number, 4 * parallel.pp)))
+    except (UserError, ValueError):
+        return nothing
+    if timeline is None or drawn is None:
+        return nothing
+    facts = (
+        ("schedule", f"{parallel.schedule}, {timeline.schedule.num_stages} stages on {shape.pp} ranks"),
+        ("pipelines", f"{shape.batch_ranks:,}"),
+        ("micro-batches", f"{number:,}"),
+        ("bubble", f"{100 * timeline.bubble / timeline.makespan:.1f} %"),
+        ("micro-batches alive on a rank, most", f"{max(timeline.peak_activations)}"),
+    )
+    shown = drawn.schedule.num_micro_batches
+    part = f"; drawn with {shown} micro-batches" if shown < number else ""
+    return Card(
+        "Pipeline",
+        draw_pipeline(drawn),
+        facts,
+        is_wide=True,
+        note="The last step as scheduled, not as measured: backward passes take twice as long as forward passes, half "
+        f"of it for the gradients of weights{part}.",
     )
 
 

@@ -17,8 +17,9 @@ from pretrain.recorder import METRICS
 
 CONFIG = "config.toml"
 COLUMNS = (
-    "step", "tokens", "loss", "lm_loss", "mtp_loss", "val_loss", "lr", "batch_size", "grad_norm", "skipped",
-    "step_time_s", "tokens_per_s", "tflops_per_gpu", "mfu", "max_memory_gib", "load_max_violation", "dead_experts",
+    "step", "tokens", "loss", "lm_loss", "mtp_loss", "val_loss", "lr", "batch_size", "world_size", "grad_norm",
+    "skipped", "step_time_s", "tokens_per_s", "tflops_per_gpu", "mfu", "max_memory_gib", "load_max_violation",
+    "dead_experts",
 )  # fmt: skip
 _MAX_SNAPSHOTS = 512
 

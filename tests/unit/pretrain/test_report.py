@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.image import imread
+from support import PROJECT
 
 from pretrain.__main__ import main
+from pretrain.config import dump_config, load_config
 from pretrain.errors import UserError
 from pretrain.plots import MAX_POINTS, draw_heat_map, thin_out
 from pretrain.report import _duration, write_report
@@ -196,6 +198,50 @@ def test_texts_of_the_run_are_escaped(tmp_path: Path) -> None:
     assert evil in found.text
     assert any(evil in text and "[run]" in text for text in found.text)
     assert not any(name.startswith("on") for _, attributes in found.elements for name in attributes)
+
+
+def pipeline_run(folder: Path, *overrides: str, **changes: Any) -> Path:
+    config = load_config(PROJECT / "configs" / "tiny.toml", ["train.micro_batch_size=1", *overrides])
+    write_run(folder, *(json.dumps(metrics(step, world_size=4, **changes)) for step in (1, 2)))
+    (folder / "config.toml").write_text(dump_config(config))
+    return folder
+
+
+@pytest.mark.parametrize(("schedule", "layers"), [("1f1b", 3), ("zbv", 7), ("dualpipe", 3)])
+def test_a_pipeline_is_drawn(tmp_path: Path, schedule: str, layers: int) -> None:
+    overrides = ("parallel.pp=4", f"parallel.schedule={schedule}", f"model.num_hidden_layers={layers}")
+    found = report_of(pipeline_run(tmp_path / "run", *overrides))
+    assert "Pipeline" in found.text
+    assert found.facts["micro-batches"] == "8"
+    assert {"rank 0", "rank 3"} <= set(found.text)
+    assert "rank 4" not in found.text
+    assert found.open == []
+    assert "http://" not in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_of_many_micro_batches_some_are_drawn(tmp_path: Path) -> None:
+    found = report_of(pipeline_run(tmp_path / "run", "parallel.pp=4", "train.batch_size=1000", batch_size=1000))
+    assert found.facts["micro-batches"] == "1,000"
+    assert found.facts["bubble"] == "0.3 %"
+    assert any("drawn with 16 micro-batches" in text for text in found.text)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "changes"),
+    [
+        ((), {}),
+        (("parallel.pp=4",), {"world_size": None}),
+        (("parallel.pp=4",), {"world_size": 1e300}),
+        (("parallel.pp=4",), {"world_size": 6}),
+        (("parallel.pp=4",), {"batch_size": 1e300}),
+        (("parallel.pp=4", "parallel.schedule=zb1p"), {"batch_size": 3}),
+    ],
+)  # fmt: skip
+def test_no_pipeline_no_drawing(tmp_path: Path, overrides: tuple[str, ...], changes: dict[str, Any]) -> None:
+    folder = pipeline_run(tmp_path / "run", *overrides)
+    write = [json.dumps(metrics(step, **{"world_size": 4, **changes})) for step in (1, 2)]
+    (folder / "metrics.jsonl").write_text("\n".join(write) + "\n")
+    assert "Pipeline" not in report_of(folder).text
 
 
 def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
