@@ -147,7 +147,8 @@ class MultiHeadLatentAttention(nn.Module):
         self, q: Tensor, latents: Tensor, k_rope: Tensor, mask: Tensor | None, parts: SequenceParts
     ) -> Tensor:
         """The same where others have the other positions: this process attends some of the heads at all of them."""
-        width = self.kv_b_proj.weight.shape[0] // parts.size
+        config = self.config
+        width = config.num_attention_heads // parts.size * (config.qk_nope_head_dim + config.v_head_dim)
         rows = slice(parts.place * width, (parts.place + 1) * width)
         decompress = partial(self._decompress, rows=rows)
         k, v = self._recompute.again("mla_up", decompress, parts.gather(latents), parts.gather(k_rope))

@@ -16,7 +16,7 @@ Number = TypeVar("Number", int, float)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status: 0 done, 2 a mistake of the user's, 75 stopped early with a checkpoint
-    written, 130 interrupted without one."""
+    written, 76 another rank was lost, 130 interrupted without one."""
     arguments = build_parser().parse_args(argv)
     from data.errors import DataError
     from parallel.launch import LaunchError

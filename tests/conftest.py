@@ -15,7 +15,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     reports = [report for reports in terminalreporter.stats.values() for report in reports]
-    rows = [value for report in reports for name, value in getattr(report, "user_properties", ()) if name == "layout"]
+    calls = [report for report in reports if getattr(report, "when", None) == "call"]
+    rows = [value for report in calls for name, value in report.user_properties if name == "layout"]
     if rows:
         terminalreporter.section("largest relative error of losses and norms, and of parameters, to one process")
         for row in sorted(rows):

@@ -24,6 +24,8 @@ from pretrain.state import TrainState, first_state, resume, save
 from pretrain.step import train_step
 
 STEPS = 3
+# In bf16 a rate at which rounding does not send two runs to different places.
+RATES = {"fp32": 1e-3, "bf16": 1e-4}
 RUN = """
 [run]
 name = "layout"
@@ -44,7 +46,7 @@ batch_size = 16
 steps = 3
 
 [timeline]
-learning_rate = 1e-3
+learning_rate = {rate}
 
 [precision]
 dtype = "{dtype}"
@@ -63,7 +65,11 @@ class Numbers:
 def write_config(folder: Path, layout: Layout) -> Path:
     path = folder / f"{layout.model_key}-{layout.dtype}.toml"
     if not path.exists():
-        path.write_text(RUN.format(folder=folder, model=small_model_toml(**layout.model), dtype=layout.dtype))
+        path.write_text(
+            RUN.format(
+                folder=folder, model=small_model_toml(**layout.model), dtype=layout.dtype, rate=RATES[layout.dtype]
+            )
+        )
     return path
 
 
@@ -87,7 +93,7 @@ def train_plainly(config: Config, skew: str, dtype: torch.dtype) -> Numbers:
     matrices = [p for p in masters.parameters() if p.dim() > 1]
     vectors = [p for p in masters.parameters() if p.dim() == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8)
+    optimizer = torch.optim.AdamW(groups, lr=config.full_timeline.at(0).learning_rate, betas=(0.9, 0.95), eps=1e-8)
     stream, steps = open_data(config), []
     specs = plan_batches(
         config.full_timeline, stream, TrainState(0, 0, stream.start(config.train.seq_len)), config.train
