@@ -50,12 +50,6 @@ class Dispatcher:
     number) arrive at the experts at once. With `fp8` rows are in FP8 on the way there."""
 
     def __init__(self, hops: Sequence[Hop], *, group: dist.ProcessGroup, max_rows: int = 0, fp8: bool = False) -> None:
-        for hop in hops[-1:]:
-            if 0 < max_rows <= dist.get_world_size(hop.group):
-                raise ValueError(
-                    f"parallel.max_expert_rows = {max_rows} must be above the {dist.get_world_size(hop.group)} ranks "
-                    "that send rows to an expert, or 0 for no bound"
-                )
         self._hops = tuple(hops)
         self._group = group
         self._max_rows = max_rows

@@ -189,6 +189,12 @@ def check_layout(config: Config, world_size: int) -> None:
         check_model(config.model, config.parallel)
     except ValueError as error:
         raise UserError(str(error)) from None
+    for key, length in _sequence_lengths(config).items():
+        if length % shape.cp:
+            raise UserError(
+                f"{key} = {length:g} must be a multiple of parallel.cp = {shape.cp}, among whose ranks positions are "
+                "divided; change one of them"
+            )
     share = shape.dp * config.train.micro_batch_size
     key, sizes = _batch_sizes(config)
     for size in sizes:
@@ -372,10 +378,7 @@ def _check_between_tables(config: Config) -> None:
             f"timeline.batch_size_multiple = {timeline.batch_size_multiple} rounds timeline.batch_size, but the batch "
             f"is constant, train.batch_size = {train.batch_size}; remove one of them"
         )
-    lengths = {"train.seq_len": float(train.seq_len)}
-    for number, piece in enumerate(timeline.seq_len if isinstance(timeline.seq_len, tuple) else (), 1):
-        lengths[f"timeline.seq_len, piece {number}: value"] = piece.value
-    for key, length in lengths.items():
+    for key, length in _sequence_lengths(config).items():
         if config.model.num_nextn_predict_layers >= length:
             raise UserError(
                 f"model.num_nextn_predict_layers = {config.model.num_nextn_predict_layers} must be below "
@@ -386,6 +389,15 @@ def _check_between_tables(config: Config) -> None:
             f"timeline.seq_len starts at {value_at(timeline.seq_len, 0):g}, but train.seq_len = {train.seq_len}; "
             "make them equal"
         )
+
+
+def _sequence_lengths(config: Config) -> dict[str, float]:
+    """Every length that sequences have in the run, by the key that sets it."""
+    lengths = {"train.seq_len": float(config.train.seq_len)}
+    pieces = config.timeline.seq_len if isinstance(config.timeline.seq_len, tuple) else ()
+    for number, piece in enumerate(pieces, 1):
+        lengths[f"timeline.seq_len, piece {number}: value"] = piece.value
+    return lengths
 
 
 def _without_none(value: Any) -> Any:

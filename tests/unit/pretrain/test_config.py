@@ -116,6 +116,20 @@ def test_pieces_become_a_timeline(run: Path) -> None:
 
 
 MISTAKES = {
+    "a bound that no round can keep": (
+        ["parallel.ep=4", "parallel.max_expert_rows=4"],
+        "parallel.max_expert_rows = 4 must be above ep = 4, the ranks that may each send a row in a round; raise it, "
+        "or set it to 0 for no bound",
+    ),
+    "a bound without ranks to send rows": (
+        ["parallel.max_expert_rows=64"],
+        "parallel.max_expert_rows = 64 has no effect with ep = 1, where no row is sent; remove it",
+    ),
+    "gathered weights in rounds": (
+        ["parallel.ep=2", "parallel.zero_stage=3", "parallel.max_expert_rows=64"],
+        "parallel.max_expert_rows = 64 needs zero_stage below 3: expert groups may take different numbers of rounds, "
+        "but would gather the experts' weights in each; set it to 0, or lower zero_stage",
+    ),
     "unknown key": (
         ["model.hidden_sizes=32"],
         "model.hidden_sizes is not a known key; did you mean 'hidden_size'?",
@@ -422,6 +436,12 @@ LAYOUTS = {
         ["parallel.cp=4"],
         4,
         "parallel.cp = 4 must divide model.num_attention_heads = 2; lower it",
+    ),
+    "positions": (
+        ["parallel.cp=2", "train.seq_len=63"],
+        2,
+        "train.seq_len = 63 must be a multiple of parallel.cp = 2, among whose ranks positions are divided; change one "
+        "of them",
     ),
     "layers": (
         ["parallel.pp=8"],
