@@ -125,6 +125,8 @@ class _GroupedLinear(torch.autograd.Function):
 
 def _grouped_product(rows: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
     """Rows [R, in] times the matrix [in, out] of their expert, [E, in, out]."""
+    if not len(rows):
+        return rows.new_zeros(0, matrices.shape[-1])
     if _has_grouped_kernel(rows):
         return torch._grouped_mm(rows, matrices, offs=counts.cumsum(0, dtype=torch.int32))
     parts = rows.split(counts.tolist())
@@ -133,8 +135,12 @@ def _grouped_product(rows: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
 
 def _grouped_weight_gradient(grad: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
     """Σ over the rows of each expert of grad xᵀ: [R, out] and [R, in] to [E, out, in]."""
+    if not len(rows):
+        return rows.new_zeros(len(counts), grad.shape[1], rows.shape[1])
     if _has_grouped_kernel(rows):
-        return torch._grouped_mm(grad.t(), rows, offs=counts.cumsum(0, dtype=torch.int32))
+        products = torch._grouped_mm(grad.t(), rows, offs=counts.cumsum(0, dtype=torch.int32))
+        # What the kernel leaves where an expert has no rows is not zero on every device.
+        return products.masked_fill_((counts == 0)[:, None, None], 0.0)
     sizes = counts.tolist()
     return torch.stack([g.t() @ x for g, x in zip(grad.split(sizes), rows.split(sizes), strict=True)])
 

@@ -86,7 +86,8 @@ class Recompute:
             self._known.clear()
 
     def _pack(self, tensor: Tensor) -> Tensor | _Kept:
-        found = self._known.get(tensor.untyped_storage().data_ptr())
+        # Empty tensors all lie at the same address, that is at none.
+        found = self._known.get(tensor.untyped_storage().data_ptr()) if tensor.numel() else None
         if found is None:
             return tensor
         recipe, number, _ = found

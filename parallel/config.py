@@ -34,13 +34,19 @@ class ParallelConfig:
             raise ValueError(f"max_expert_rows = {self.max_expert_rows} must not be negative; 0 sets no bound")
         if 0 < self.max_expert_rows <= self.ep:
             raise ValueError(
-                f"max_expert_rows = {self.max_expert_rows} must be above ep = {self.ep}, the ranks that may each send "
-                "a row in a round; raise it, or set it to 0 for no bound"
+                f"max_expert_rows = {self.max_expert_rows} must be above ep = {self.ep}, as each of these ranks may "
+                "send a row in a round; raise it, or set it to 0 for no bound"
             )
         for name in ("max_expert_rows", "fp8_dispatch"):
             if getattr(self, name) and self.ep == 1:
                 value = str(getattr(self, name)).lower()
                 raise ValueError(f"{name} = {value} has no effect with ep = 1, where no row is sent; remove it")
+        if self.max_expert_rows and self.ep % self.cp and self.schedule in ("dualpipe", "dualpipev"):
+            raise ValueError(
+                f'max_expert_rows = {self.max_expert_rows} with schedule = "{self.schedule}" needs ep = {self.ep} '
+                f"to be a multiple of cp = {self.cp}, so that all ranks of a context group take as many rounds; set "
+                "it to 0, or change one of the others"
+            )
         if self.zero_stage == 3 and self.max_expert_rows:
             raise ValueError(
                 f"max_expert_rows = {self.max_expert_rows} needs zero_stage below 3: expert groups may take different "

@@ -5,9 +5,9 @@ it is one row; its experts' results are summed there by weight and come back as 
 adds to the others. Where an expert group spans nodes, the way has two hops: once to each node, to the rank there that
 has the sender's place, which passes the row on to the ranks of its node. Both are the same hop over other groups.
 
-No token is dropped. If routing is skewed, one rank may get the rows of all others; with a bound on the rows that arrive
-at once, the last hop and the experts' work are done in as many rounds as it takes, each recomputed in the backward
-pass, so that the bound holds there too.
+No token is dropped. If routing is skewed, one rank may get the rows of all others. With a bound on the rows that arrive
+at its experts at once, the last hop and the experts' work are done in as many rounds as it takes, each recomputed in
+the backward pass, so that the bound holds there too.
 
 The rows of a hop are in order of round, destination and token. Counts are exchanged once a hop.
 """
@@ -72,8 +72,8 @@ class Dispatcher:
         if not hops:
             return experts(routed)
         way, packed = yield from self._prepare(hops[0], routed, bound=self._max_rows if len(hops) == 1 else 0)
-        rows, weights = tape.cut(packed.rows, packed.weights)
         if len(way.exchanges) == 1:
+            rows, weights = tape.cut(packed.rows, packed.weights)
             there = self._there_and_back(
                 way.exchanges[0],
                 packed.experts,
@@ -81,15 +81,15 @@ class Dispatcher:
             )
             results = yield from there(tape, rows, weights)
             return collect(results, way.copies)
-        parts = []
-        sizes = way.rows_of_rounds
-        for exchange, some_rows, some_weights, choices in zip(
-            way.exchanges, rows.split(sizes), weights.split(sizes), packed.experts.split(sizes), strict=True
-        ):
+        parts, sizes, num_rounds = [], way.rows_of_rounds, len(way.exchanges)
+        pieces = tape.cut(*packed.rows.split(sizes), *packed.weights.split(sizes))
+        for number, choices in enumerate(packed.experts.split(sizes)):
             there = self._there_and_back(
-                exchange, choices, lambda tape, arrived: self._run((), tape, arrived, experts_at_once, experts_at_once)
+                way.exchanges[number],
+                choices,
+                lambda tape, arrived: self._run((), tape, arrived, experts_at_once, experts_at_once),
             )
-            parts.append((yield from tape.run_twice(there, *tape.cut(some_rows, some_weights))))
+            parts.append((yield from tape.run_twice(there, pieces[number], pieces[num_rounds + number])))
         return collect(torch.cat(parts), way.copies)
 
     def _there_and_back(

@@ -29,7 +29,7 @@ NO_WEIGHTS = LossWeights(0.0, 0.0, 0.0)
 
 @dataclass(frozen=True)
 class Executed:
-    """A step of the schedule, and when it ran, in seconds of `time.perf_counter`."""
+    """A step of the schedule, and when it ran, in seconds of `time.perf_counter`; on a GPU, when it was launched."""
 
     step: Step
     start: float

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 from torch import distributed as dist
 
+from parallel.launch import COLLECTIVE_TIMEOUT
+
 Partition = list[tuple[int, ...]]
 _KEYS = {"world_size": "world size", "pp": "parallel.pp", "ep": "parallel.ep", "cp": "parallel.cp"}
 
@@ -48,7 +50,8 @@ class MeshShape:
             )
         if self.bidirectional and self.pp % 2:
             raise ValueError(
-                f'parallel.pp = {self.pp} must be even for schedule = "dualpipe", where ranks hold the stages in pairs'
+                f'parallel.pp = {self.pp} must be even for parallel.schedule = "dualpipe", where ranks hold the stages '
+                'in pairs; change it, or use "dualpipev"'
             )
 
     @property
@@ -165,7 +168,9 @@ def make_mesh(shape: MeshShape) -> Mesh:
     }
     groups = {}
     for name, partition in partitions.items():
-        groups[name], _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in partition])
+        groups[name], _ = dist.new_subgroups_by_enumeration(
+            [list(ranks) for ranks in partition], timeout=COLLECTIVE_TIMEOUT
+        )
     return Mesh(shape=shape, rank=dist.get_rank(), **groups)
 
 

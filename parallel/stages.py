@@ -42,8 +42,8 @@ def split_layers(config: ModelConfig, num_stages: int) -> list[tuple[int, ...]]:
     num_layers = len(costs)
     if num_layers < num_stages - 1:
         raise ValueError(
-            f"num_hidden_layers = {num_layers} are too few for {num_stages} pipeline stages, which need "
-            f"{num_stages - 1}; lower parallel.pp"
+            f"model.num_hidden_layers = {num_layers} are too few for {num_stages} pipeline stages, which need "
+            f"{num_stages - 1}; lower parallel.pp, or take a parallel.schedule with one stage a rank"
         )
     before = [0.0]
     for cost in costs:

@@ -55,7 +55,7 @@ class Transfer:
     """An exchange on the tape."""
 
     exchange: Exchange
-    flight: Flight
+    flight: Flight | None
     sent: tuple[Tensor, ...]
     arrived: tuple[Tensor, ...] = field(default=())
     returning: Flight | None = None
@@ -114,7 +114,9 @@ class Tape:
 
     def arrive(self, transfer: Transfer) -> tuple[Tensor, ...]:
         """Waits for a transfer; returns what arrived, as leaves."""
+        assert transfer.flight is not None
         arrived = transfer.flight.wait()
+        transfer.flight = None
         if not self.recording:
             return arrived
         transfer.arrived = tuple(

@@ -1,4 +1,4 @@
-"""One optimizer step: micro-batches with plain autograd, one sum over ranks, ZeRO's step, the experts' bias."""
+"""One optimizer step: the pipeline over micro-batches, one sum over ranks, ZeRO's step, the experts' bias."""
 
 import math
 from dataclasses import dataclass

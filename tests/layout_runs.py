@@ -82,7 +82,7 @@ def skew_routing(biases: list[Tensor], skew: str) -> None:
 
 
 def train_plainly(config: Config, skew: str, dtype: torch.dtype) -> Numbers:
-    """The reference; bf16 weights are rounded from fp32 masters, gradients are added up in fp32."""
+    """The reference. In bf16, masters begin as the rounded weights, and gradients are added up in fp32."""
     masters, model = Transformer(config.model), Transformer(config.model)
     for network in (masters, model):
         initialize(network, config.model, seed=config.run.seed)
@@ -90,6 +90,8 @@ def train_plainly(config: Config, skew: str, dtype: torch.dtype) -> Numbers:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     pairs = list(zip(masters.parameters(), model.parameters(), strict=True))
+    for master, parameter in pairs:
+        master.data = parameter.data.float()
     matrices = [p for p in masters.parameters() if p.dim() > 1]
     vectors = [p for p in masters.parameters() if p.dim() == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]

@@ -78,6 +78,7 @@ class Layout:
             and self.layers >= stages - 1
             and not (self.node_size and self.ep == 1)
             and not (self.rounds and (self.ep == 1 or self.zero_stage == 3))
+            and not (self.rounds and self.ep % self.cp)
             and 16 // (self.world_size // self.pp // self.cp) >= 2 * self.pp
         )
 

@@ -118,8 +118,8 @@ def test_pieces_become_a_timeline(run: Path) -> None:
 MISTAKES = {
     "a bound that no round can keep": (
         ["parallel.ep=4", "parallel.max_expert_rows=4"],
-        "parallel.max_expert_rows = 4 must be above ep = 4, the ranks that may each send a row in a round; raise it, "
-        "or set it to 0 for no bound",
+        "parallel.max_expert_rows = 4 must be above ep = 4, as each of these ranks may send a row in a round; "
+        "raise it, or set it to 0 for no bound",
     ),
     "a bound without ranks to send rows": (
         ["parallel.max_expert_rows=64"],
@@ -446,17 +446,20 @@ LAYOUTS = {
     "layers": (
         ["parallel.pp=8"],
         8,
-        "num_hidden_layers = 3 are too few for 8 pipeline stages, which need 7; lower parallel.pp",
+        "model.num_hidden_layers = 3 are too few for 8 pipeline stages, which need 7; lower parallel.pp, or take a "
+        "parallel.schedule with one stage a rank",
     ),
     "layers of two stages a rank": (
         ["parallel.pp=4", "parallel.schedule=zbv"],
         4,
-        "num_hidden_layers = 3 are too few for 8 pipeline stages, which need 7; lower parallel.pp",
+        "model.num_hidden_layers = 3 are too few for 8 pipeline stages, which need 7; lower parallel.pp, or take a "
+        "parallel.schedule with one stage a rank",
     ),
     "an odd pipeline of two directions": (
         [*EVEN, "parallel.pp=3", "parallel.schedule=dualpipe"],
         3,
-        'parallel.pp = 3 must be even for schedule = "dualpipe", where ranks hold the stages in pairs',
+        'parallel.pp = 3 must be even for parallel.schedule = "dualpipe", where ranks hold the stages in pairs; change '
+        'it, or use "dualpipev"',
     ),
     "too few micro-batches": (
         [*EVEN, "parallel.pp=4", "parallel.schedule=dualpipe"],
