@@ -146,7 +146,7 @@ def test_report_is_one_page(trained: Path) -> None:
 
 
 def test_plan_prints_the_saving_of_the_cache() -> None:
-    output = run("plan", "configs/dsv3_671b.toml", "--world-size", 2048)
+    output = run("plan", "configs/dsv3_671b.toml", "--world-size", 1024)
     assert "98.2 %" in output
     assert "671" in output
 
