@@ -4,7 +4,7 @@ It computes what `Transformer.forward` does, from the same parts of the model, b
 layers before and after on other ranks.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -55,6 +55,16 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class _Pass:
+    """What a forward pass carries through a chunk: `roots` are the losses of layers that wait for the next cut."""
+
+    context: AttentionContext
+    weights: LossWeights
+    outcome: Outcome
+    roots: list[tuple[Tensor, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Chunk:
     """Consecutive main layers of a model part on this rank; the first chunk begins with the embedding, the last ends
     with head and multi-token prediction."""
@@ -80,74 +90,70 @@ class Chunk:
             num_positions //= self.parts.size
             first = self.parts.place * num_positions
             tokens = tokens[:, first : first + num_positions + 1 + config.num_nextn_predict_layers]
+        passing = _Pass(context, weights, outcome)
         if self.is_first:
-            (x,) = tape.cut(self.model.embed_tokens(tokens[:, :num_positions]))
+            x = self.model.embed_tokens(tokens[:, :num_positions])
         assert x is not None
         for index in self.layers:
-            x = yield from self._block(index, tape, x, context, weights, outcome)
-        if not self.is_last:
-            return x
-        yield from self._losses(tape, x, tokens, context, weights, outcome)
-        return None
+            x = yield from self._block(index, passing, tape, x)
+        if self.is_last:
+            yield from self._losses(passing, tape, x, tokens)
+            return None
+        return _cut(passing, tape, x)
 
-    def _block(
-        self, index: int, tape: Tape, x: Tensor, context: AttentionContext, weights: LossWeights, outcome: Outcome
-    ) -> Steps[Tensor]:
+    def _block(self, index: int, passing: _Pass, tape: Tape, x: Tensor) -> Steps[Tensor]:
         block = self.model.block(index)
         if not self.recompute_blocks:
-            return (yield from self._run_block(block, context, weights, outcome, tape, x))
+            return (yield from self._run_block(block, passing, tape, x))
         # The second run counts into an outcome that nobody reads.
-        forgotten = Outcome(torch.zeros_like(outcome.losses))
-        first = [outcome]
+        outcomes = [passing.outcome]
 
         def part(tape: Tape, x: Tensor) -> Steps[Tensor]:
-            counted = first.pop() if first else forgotten
-            return self._run_block(block, context, weights, counted, tape, x)
+            outcome = outcomes.pop() if outcomes else Outcome(torch.zeros_like(passing.outcome.losses))
+            inner = replace(passing, outcome=outcome, roots=[])
+            out = yield from self._run_block(block, inner, tape, x)
+            return _cut(inner, tape, out)
 
-        return (yield from tape.run_twice(part, x))
+        return (yield from tape.run_twice(part, _cut(passing, tape, x)))
 
-    def _run_block(
-        self, block: Block, context: AttentionContext, weights: LossWeights, outcome: Outcome, tape: Tape, x: Tensor
-    ) -> Steps[Tensor]:
-        attended = block.attend(x, context)
+    def _run_block(self, block: Block, passing: _Pass, tape: Tape, x: Tensor) -> Steps[Tensor]:
+        attended = block.attend(x, passing.context)
+        residual, normed = attended.residual, attended.normed
         if attended.route is None or attended.stats is None:
-            shared = block.shared(attended.normed)
-            (out,) = tape.cut(attended.residual if shared is None else attended.residual + shared)
-            return out
-        balance_loss = attended.stats.balance_loss
-        outcome.add_load(block.index, attended.stats.load)
-        outcome.losses[2] += balance_loss.detach()
-        residual, normed, choice_weights = tape.cut(
-            attended.residual, attended.normed, attended.route.weights, roots=[(balance_loss, weights.balance)]
-        )
+            shared = block.shared(normed)
+            return residual if shared is None else residual + shared
+        passing.outcome.add_load(block.index, attended.stats.load)
+        passing.outcome.losses[2] += attended.stats.balance_loss.detach()
+        passing.roots.append((attended.stats.balance_loss, passing.weights.balance))
+        choice_weights = attended.route.weights
+        if self.dispatcher.travels:
+            residual, normed, choice_weights = tape.cut(residual, normed, choice_weights, roots=passing.roots)
+            passing.roots.clear()
         choices = RoutedRows(normed.flatten(0, 1), attended.route.experts, choice_weights)
         routed = yield from self.dispatcher.run(tape, choices, block.routed, partial(block.routed, defers=False))
         shared = block.shared(normed)
         out = residual + routed.view_as(residual)
-        (out,) = tape.cut(out if shared is None else out + shared)
-        return out
+        return out if shared is None else out + shared
 
-    def _losses(
-        self,
-        tape: Tape,
-        x: Tensor,
-        tokens: Tensor,
-        context: AttentionContext,
-        weights: LossWeights,
-        outcome: Outcome,
-    ) -> Steps[None]:
-        model = self.model
+    def _losses(self, passing: _Pass, tape: Tape, x: Tensor, tokens: Tensor) -> Steps[None]:
+        model, weights, outcome = self.model, passing.weights, passing.outcome
         num_positions, depths = x.shape[1], model.config.num_nextn_predict_layers
-        (hidden,) = tape.cut(model.norm(x))
+        hidden = _cut(passing, tape, model.norm(x))
         lm_loss = model.lm_head(hidden, tokens[:, 1 : num_positions + 1])
         outcome.losses[0] += lm_loss.detach()
         tape.cut(roots=[(lm_loss, weights.lm)])
         for depth in range(1, depths + 1):
             block = model.multi_token_block(depth)
             embedded = model.embed_tokens(tokens[:, depth : num_positions + depth])
-            (x,) = tape.cut(block.join(embedded, hidden))
-            x = yield from self._block(block.index, tape, x, context, weights, outcome)
-            (hidden,) = tape.cut(block.shared_head.norm(x))
+            x = yield from self._block(block.index, passing, tape, block.join(embedded, hidden))
+            hidden = _cut(passing, tape, block.shared_head.norm(x))
             mtp_loss = model.lm_head(hidden, tokens[:, depth + 1 : num_positions + depth + 1])
             outcome.losses[1] += mtp_loss.detach() / depths
             tape.cut(roots=[(mtp_loss, weights.mtp / depths)])
+
+
+def _cut(passing: _Pass, tape: Tape, x: Tensor) -> Tensor:
+    """Ends a segment with one result, and with the roots that wait."""
+    (leaf,) = tape.cut(x, roots=passing.roots)
+    passing.roots.clear()
+    return leaf

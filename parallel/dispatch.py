@@ -55,6 +55,11 @@ class Dispatcher:
         self._max_rows = max_rows
         self._exchange = Fp8AllToAll if fp8 else AllToAll
 
+    @property
+    def travels(self) -> bool:
+        """Whether rows go anywhere. If not, `run` leaves nothing on the tape, and its inputs need not be leaves."""
+        return bool(self._hops)
+
     def run(self, tape: Tape, routed: RoutedRows, experts: Experts, experts_at_once: Experts) -> Steps[Tensor]:
         """What the tokens [T, D] get from their experts. Rows and weights are leaves; choices are among all experts.
         `experts` are those that live here, `experts_at_once` the same without deferring anything. Yields while

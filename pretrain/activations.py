@@ -111,8 +111,9 @@ class Activations:
         model, width = self.model, self.num_bytes
         is_moe = index in model.moe_layers
         inner = model.n_shared_experts * model.moe_intermediate_size if is_moe else model.intermediate_size
-        # The layer's input, and the residual after attention where a segment ends or a norm is run again from it.
-        states = 2 if is_moe or self._has("norms") or width == _FP32 else 1
+        # The layer's input and the residual after attention, where a norm keeps them (in bf16 it keeps copies in fp32)
+        # or is run again from them; the residual also where a segment ends, before rows are sent.
+        states = 2 if self._has("norms") or width == _FP32 else int(is_moe and self.parallel.ep > 1)
         sizes: dict[str, float] = {
             "states": states * width * model.hidden_size,
             "norms": self._norms(),

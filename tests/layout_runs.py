@@ -82,13 +82,15 @@ def skew_routing(biases: list[Tensor], skew: str) -> None:
 
 
 def train_plainly(config: Config, skew: str, dtype: torch.dtype) -> Numbers:
-    """The reference. In bf16, masters begin as the rounded weights, and gradients are added up in fp32."""
+    """The reference, computed in `dtype`. Of a bf16 run the masters begin as the rounded weights in either dtype, so
+    that two dtypes differ by what was computed and not by where they began; gradients are added up in fp32."""
     masters, model = Transformer(config.model), Transformer(config.model)
     for network in (masters, model):
         initialize(network, config.model, seed=config.run.seed)
         skew_routing(list(network.expert_biases().values()), skew)
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+        rounded = parameter.data.bfloat16() if config.precision.dtype == "bf16" else parameter.data
+        parameter.data = rounded.to(dtype)
     pairs = list(zip(masters.parameters(), model.parameters(), strict=True))
     for master, parameter in pairs:
         master.data = parameter.data.float()
