@@ -136,11 +136,11 @@ def reference(path: Path, skew: str, dtype: torch.dtype, seed: int = 7) -> Numbe
 
 
 @functools.cache
-def rounding_gaps(path: Path, skew: str) -> tuple[float, float]:
+def rounding_gaps(path: Path, skew: str) -> dict[str, float]:
     """How far the reference in bf16 is from itself in fp32, at worst over three runs: other weights, other samples."""
     runs = [[reference(path, skew, dtype, seed) for dtype in (torch.bfloat16, torch.float32)] for seed in (7, 8, 9)]
-    of_steps, of_parameters = zip(*(relative_error(*run) for run in runs), strict=True)
-    return max(of_steps), max(of_parameters)
+    gaps = [relative_errors(*run) for run in runs]
+    return {name: max(gap[name] for gap in gaps) for name in gaps[0]}
 
 
 def train_rank(rank: int, path: Path, layout: Layout, begin: int = 0, end: int = STEPS) -> dict[str, Any]:
@@ -191,16 +191,14 @@ def put_together(ranks: list[dict[str, Any]]) -> Numbers:
     return Numbers(ranks[0]["steps"], parameters, biases)
 
 
-def relative_error(ours: Numbers, expected: Numbers) -> tuple[float, float]:
-    """The largest relative error of the steps' numbers, and of the parameters as vectors."""
-    of_steps = max(
-        abs(a - b) / abs(b)
-        for step, other in zip(ours.steps, expected.steps, strict=True)
-        for a, b in zip(step, other, strict=True)
-    )
+def relative_errors(ours: Numbers, expected: Numbers) -> dict[str, float]:
+    """The relative error of every parameter as a vector, and the largest over steps of the losses' and the norm's."""
     assert ours.parameters.keys() == expected.parameters.keys()
-    of_parameters = max(
-        float((ours.parameters[name].flatten() - value.flatten()).norm() / value.norm())
+    errors = {
+        name: float((ours.parameters[name].flatten() - value.flatten()).norm() / value.norm())
         for name, value in expected.parameters.items()
-    )
-    return of_steps, of_parameters
+    }
+    steps = list(zip(ours.steps, expected.steps, strict=True))
+    errors["losses"] = max(abs(a - b) / b for step, other in steps for a, b in zip(step[:2], other[:2], strict=True))
+    errors["grad_norm"] = max(abs(step[2] - other[2]) / other[2] for step, other in steps)
+    return errors
