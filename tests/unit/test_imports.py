@@ -10,8 +10,8 @@ from support import PROJECT
 
 PACKAGES = ("model", "parallel", "data", "pretrain")
 MAY_IMPORT = {
-    "model": {"torch"},
-    "parallel": {"model", "torch", "deepspeed"},
+    "model": {"torch", "triton"},
+    "parallel": {"model", "torch", "deepspeed", "triton"},
     "data": {
         "numpy", "torch", "safetensors", "pydantic", "rich",
         "datasets", "pyarrow", "zstandard", "sentencepiece", "tokenizers",
@@ -26,6 +26,7 @@ UNPICKLING = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", 
 NEVER_CALLED = {
     "eval", "exec", "compile", "torch.load", "yaml.load", "os.system", "os.popen", "numpy.load", "np.load",
 }  # fmt: skip
+KERNELS = ("model/kernels/", "parallel/adamw_kernel.py")
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 500, 60
 
 
@@ -39,6 +40,8 @@ def breaches(path: str, source: str) -> Iterator[str]:
         yield "only parallel/zero.py may name deepspeed"
     if package != "model" and _names(tree, "transformer_engine"):
         yield "only model may name transformer_engine"
+    if not path.startswith(KERNELS) and _names(tree, "triton"):
+        yield f"only {' and '.join(KERNELS)} may name triton"
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             yield from _check_call(node)
@@ -142,6 +145,7 @@ def test_every_package_is_looked_at() -> None:
         ("parallel/a.py", "from deepspeed.moe import layer", "only parallel/zero.py may name deepspeed"),
         ("parallel/a.py", "load('deepspeed.comm')", "only parallel/zero.py may name deepspeed"),
         ("parallel/a.py", "import transformer_engine", "only model may name transformer_engine"),
+        ("model/norm.py", "import triton.language as tl", "only model/kernels/ and parallel/adamw_kernel.py may name triton"),
         ("pretrain/a.py", "import pickle", "pickle runs what it reads"),
         ("data/a.py", "def f():\n    from dill import loads", "dill runs what it reads"),
         ("data/a.py", "eval('1')", "calls eval"),
