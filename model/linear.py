@@ -35,10 +35,15 @@ class WeightGradients:
 
 
 def add_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
-    """Adds to a parameter's gradient where autograd does not: to its fp32 sum `main_grad` if it has one."""
-    main_grad = getattr(parameter, "main_grad", None)
-    if main_grad is not None:
-        main_grad.add_(gradient)
+    """Adds to a parameter's gradient where autograd does not: to its fp32 sum `main_grad` if it has one. A sum
+    `main_grad_is_old` is that of the step before, whose place the first gradient takes."""
+    marked: Any = parameter
+    if getattr(parameter, "main_grad", None) is not None:
+        if getattr(parameter, "main_grad_is_old", False):
+            marked.main_grad.copy_(gradient)
+            marked.main_grad_is_old = False
+        else:
+            marked.main_grad.add_(gradient)
     elif parameter.grad is None:
         parameter.grad = gradient
     else:
