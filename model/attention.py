@@ -11,7 +11,7 @@ output and attends in the latent space ("absorbed"), which reads far less memory
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from model.config import ModelConfig
 from model.linear import Linear
 from model.norm import RMSNorm
 from model.recompute import Execution
-from model.rope import apply_rotary, softmax_scale
+from model.rope import apply_rotary, rotate_heads_, softmax_scale
 
 
 class SequenceParts(Protocol):
@@ -124,8 +124,8 @@ class MultiHeadLatentAttention(nn.Module):
         return self._recompute.again("mla_up", partial(self._project_queries, self.q_b_proj), latents, rotary)
 
     def _project_queries(self, projection: Linear, x: Tensor, rotary: Tensor) -> Tensor:
-        q_nope, q_rope = self._split_queries(projection(x).unflatten(-1, (-1, self.config.qk_head_dim)))
-        return torch.cat((q_nope, apply_rotary(q_rope, rotary)), dim=-1)
+        head_dim = self.config.qk_head_dim
+        return rotate_heads_(projection(x), rotary, head_dim).unflatten(-1, (-1, head_dim))
 
     def _split_queries(self, q: Tensor) -> tuple[Tensor, ...]:
         return q.split([self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], dim=-1)
@@ -158,14 +158,9 @@ class MultiHeadLatentAttention(nn.Module):
         """Keys [B, S, h, qk_head_dim] and values [B, S, h, v_head_dim] of all heads, or those of some `rows` of
         kv_b_proj."""
         config = self.config
-        width = config.qk_nope_head_dim + config.v_head_dim
-        k_nope, v = (
-            self.kv_b_proj(latents, rows)
-            .unflatten(-1, (-1, width))
-            .split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
-        )
-        k_rope_of_heads = k_rope.unsqueeze(-2).expand(-1, -1, v.shape[2], -1)
-        return torch.cat((k_nope, k_rope_of_heads), dim=-1), v
+        kv = self.kv_b_proj(latents, rows).unflatten(-1, (-1, config.qk_nope_head_dim + config.v_head_dim))
+        results: tuple[Tensor, Tensor] = _KeysAndValues.apply(kv, k_rope, config.qk_nope_head_dim)
+        return results
 
     def _attend_to(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
@@ -186,6 +181,32 @@ class MultiHeadLatentAttention(nn.Module):
             mask = causal_mask(q.shape[1], latents.shape[1], device=latents.device)
         weights = scores.masked_fill(~mask, float("-inf")).softmax(-1).to(latents.dtype)
         return torch.einsum("bshc,hvc->bshv", torch.einsum("bhsk,bkc->bshc", weights, latents), w_uv)
+
+
+class _KeysAndValues(torch.autograd.Function):
+    """Keys [B, S, h, N + P] and values [B, S, h, V] from what kv_b_proj gives, [B, S, h, N + V], and the rotary key
+    [B, S, P] that all heads share. Values stay where they are."""
+
+    @staticmethod
+    def forward(ctx: Any, kv: Tensor, k_rope: Tensor, nope_dim: int) -> tuple[Tensor, Tensor]:
+        ctx.nope_dim = nope_dim
+        if kv.is_cuda:
+            from model.kernels.rope import make_keys
+
+            keys = make_keys(kv, k_rope, nope_dim)
+        else:
+            keys = torch.cat((kv[..., :nope_dim], k_rope.unsqueeze(-2).expand(-1, -1, kv.shape[2], -1)), dim=-1)
+        return keys, kv[..., nope_dim:]
+
+    @staticmethod
+    def backward(ctx: Any, grad_keys: Tensor, grad_values: Tensor) -> tuple[Tensor, Tensor, None]:
+        nope_dim = ctx.nope_dim
+        if grad_keys.is_cuda:
+            from model.kernels.rope import make_keys_backward
+
+            return *make_keys_backward(grad_keys, grad_values, nope_dim), None
+        grad_rope = grad_keys[..., nope_dim:].sum(2, dtype=torch.float32).to(grad_keys.dtype)
+        return torch.cat((grad_keys[..., :nope_dim], grad_values), dim=-1), grad_rope, None
 
 
 def causal_mask(num_queries: int, num_keys: int, *, device: torch.device) -> Tensor:

@@ -5,7 +5,7 @@ brings the rows here and takes the results back; a choice that is not for an exp
 dropped and no capacity is set.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from model.config import ModelConfig
 from model.linear import Linear, WeightGradients, grouped_linear
-from model.permute import Copies, by_token, spread
+from model.permute import Copies, collect, pick, spread
 from model.recompute import Execution
 
 
@@ -54,34 +54,76 @@ class RoutedExperts(nn.Module):
         self._recompute = execution.recompute
 
     def forward(self, routed: RoutedRows, *, defers: bool = True) -> Tensor:
-        """The weighted sum of each row's experts, [R, D], added up in fp32."""
+        """The weighted sum of each row's experts, [R, D], added up in fp32. As W_down is linear, what goes into it is
+        weighted."""
         later = self._weight_gradients if defers else WeightGradients()
         copies, counts = sort_by_expert(routed, len(self.gate_up_proj))
         rows = spread(routed.rows, copies)
         gate_up = grouped_linear(rows, self.gate_up_proj, counts, later)
-        inner = self._recompute.again("swiglu", swiglu, gate_up)
-        results = grouped_linear(inner, self.down_proj, counts, later)
-        weighted = by_token(results, copies).float() * routed.weights.unsqueeze(-1)
-        return weighted.sum(1).to(results.dtype)
+        inner = self._recompute.again("swiglu", swiglu, gate_up, pick(routed.weights, copies))
+        return collect(grouped_linear(inner, self.down_proj, counts, later), copies)
 
 
 def sort_by_expert(routed: RoutedRows, num_experts: int) -> tuple[Copies, Tensor]:
     """Where each choice of [R, K] stands among the choices ordered by expert, those of one expert in the order of rows,
     and how many each expert has, [num_experts] int64."""
-    num_rows, num_choices = routed.experts.shape
     experts = routed.experts.flatten()
     if not routed.complete:
         experts = torch.where(experts < 0, num_experts, experts)
-    counts = torch.bincount(experts, minlength=num_experts)[:num_experts]
+    places, order, counts = _count_and_place(experts, num_experts)
     num_here = experts.numel() if routed.complete else int(counts.sum())
+    slots = places if routed.complete else places.clamp(max=num_here)
+    return Copies(slots.view(routed.experts.shape), order[:num_here], routed.complete), counts
+
+
+def _count_and_place(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of experts [N], 0 to num_experts (which is none of them): the place of each in their stable order, the order, and
+    how often each expert comes."""
+    if experts.is_cuda:
+        from model.kernels.permute import count_and_place
+
+        return count_and_place(experts, num_experts)
+    counts = torch.bincount(experts, minlength=num_experts)[:num_experts]
     order = experts.argsort(stable=True)
     places = torch.empty_like(order)
-    places[order] = torch.arange(len(order), device=order.device)
-    slots = places.clamp(max=num_here).view(num_rows, num_choices)
-    return Copies(slots, order[:num_here], routed.complete), counts
+    places[order] = torch.arange(len(order))
+    return places, order, counts
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) · up for the concatenation [..., 2I]; returns [..., I]."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+def swiglu(gate_up: Tensor, weights: Tensor | None = None) -> Tensor:
+    """silu(gate) · up for the concatenation [..., 2I], times a weight for each row [R] if there are any; returns
+    [..., I], rounded once."""
+    result: Tensor = _SwiGLU.apply(gate_up, weights)
+    return result
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, weights: Tensor | None) -> Tensor:
+        ctx.save_for_backward(gate_up, weights)
+        if gate_up.is_cuda:
+            from model.kernels import swiglu as kernels
+
+            return kernels.swiglu(gate_up.flatten(0, -2), weights).view(*gate_up.shape[:-1], -1)
+        gate, up = gate_up.float().chunk(2, dim=-1)
+        product = F.silu(gate) * up
+        return (product if weights is None else product * weights.unsqueeze(-1)).to(gate_up.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        gate_up, weights = ctx.saved_tensors
+        if grad.is_cuda:
+            from model.kernels import swiglu as kernels
+
+            rows = grad.flatten(0, -2), gate_up.flatten(0, -2)
+            grad_gate_up, grad_weights, _ = kernels.swiglu_backward(*rows, weights, with_result=False)
+            return grad_gate_up.view(gate_up.shape), grad_weights
+        gate, up = gate_up.float().chunk(2, dim=-1)
+        share, wide = gate.sigmoid(), grad.float()
+        silu = gate * share
+        grad_weights = None
+        if weights is not None:
+            grad_weights = (wide * silu * up).sum(-1)
+            wide = wide * weights.unsqueeze(-1)
+        grad_gate = wide * up * (share + silu * (1 - share))
+        return torch.cat((grad_gate, wide * silu), dim=-1).to(gate_up.dtype), grad_weights

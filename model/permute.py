@@ -1,10 +1,12 @@
 """Copies of tokens, and the sum of what became of them.
 
-`spread` copies token rows into a buffer, `by_token` and `collect` bring the buffer rows of each token together again.
-All of them, and their gradients, only gather, so they need no atomic additions and give the same bits in every run.
+`spread` copies token rows into a buffer, `collect` adds up the buffer rows of each token, in fp32 and in the order of
+its copies; each is the other's gradient. All of it only gathers, so it needs no atomic additions and gives the same
+bits in every run.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ class Copies:
     choices: Tensor
     complete: bool
 
-    @property
+    @cached_property
     def tokens(self) -> Tensor:
         """The token that each row is a copy of, [R]."""
         return self.choices // self.slots.shape[1]
@@ -41,21 +43,16 @@ def spread(x: Tensor, copies: Copies) -> Tensor:
     return result
 
 
-def by_token(rows: Tensor, copies: Copies) -> Tensor:
-    """Buffer rows [R, D] as [T, C, D], zero where a token has no such copy."""
-    result: Tensor = _ByToken.apply(rows, copies)
+def collect(rows: Tensor, copies: Copies) -> Tensor:
+    """Buffer rows [R, D] to their sums by token, [T, D]."""
+    result: Tensor = _Collect.apply(rows, copies)
     return result
 
 
-def collect(rows: Tensor, copies: Copies) -> Tensor:
-    """Buffer rows [R, D] to their sums by token, [T, D], added up in fp32."""
-    return by_token(rows, copies).sum(1, dtype=torch.float32).to(rows.dtype)
-
-
-def _gather(rows: Tensor, copies: Copies) -> Tensor:
-    if not copies.complete:
-        rows = torch.cat((rows, rows.new_zeros(1, rows.shape[1])))
-    return rows.index_select(0, copies.slots.flatten()).unflatten(0, copies.slots.shape)
+def pick(values: Tensor, copies: Copies) -> Tensor:
+    """What each copy has for itself, one value each: [T, C] to [R]."""
+    result: Tensor = _Pick.apply(values, copies)
+    return result
 
 
 class _Spread(torch.autograd.Function):
@@ -66,15 +63,41 @@ class _Spread(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _gather(grad, ctx.copies).sum(1, dtype=torch.float32).to(grad.dtype), None
+        return _sum_rows(grad, ctx.copies), None
 
 
-class _ByToken(torch.autograd.Function):
+class _Collect(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, copies: Copies) -> Tensor:
         ctx.copies = copies
-        return _gather(rows, copies)
+        return _sum_rows(rows, copies)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.flatten(0, 1).index_select(0, ctx.copies.choices), None
+        return grad.index_select(0, ctx.copies.tokens), None
+
+
+class _Pick(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, copies: Copies) -> Tensor:
+        ctx.copies = copies
+        return values.flatten().index_select(0, copies.choices)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _gather(grad.unsqueeze(-1), ctx.copies).squeeze(-1), None
+
+
+def _sum_rows(rows: Tensor, copies: Copies) -> Tensor:
+    if rows.is_cuda:
+        from model.kernels.permute import sum_rows
+
+        return sum_rows(rows, copies.slots, ())
+    return _gather(rows, copies).sum(1, dtype=torch.float32).to(rows.dtype)
+
+
+def _gather(rows: Tensor, copies: Copies) -> Tensor:
+    """The rows of each token, [T, C, D], zero where it has no such copy."""
+    if not copies.complete:
+        rows = torch.cat((rows, rows.new_zeros(1, rows.shape[1])))
+    return rows.index_select(0, copies.slots.flatten()).unflatten(0, copies.slots.shape)

@@ -12,7 +12,6 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from model.linear import WeightGradients
 
@@ -60,18 +59,25 @@ class Recompute:
         self._known: dict[int, tuple[_Recipe, int, Tensor]] = {}
 
     def again(self, part: Recomputable, function: Callable[..., Result], *inputs: Tensor) -> Result:
-        """function(*inputs), whose results are kept as a recipe by whoever saves them in this region. Elementwise
-        functions are run again for their own gradient too; matrix products keep their inputs."""
+        """function(*inputs), whose results are kept as a recipe by whoever saves them in this region. What the function
+        saves for its own gradient is kept as it is, so it should be made of its inputs."""
+        results = function(*inputs)
+        self.remember(part, results, function, *inputs)
+        return results
+
+    def remember(
+        self,
+        part: Recomputable,
+        results: Tensor | tuple[Tensor, ...],
+        function: Callable[..., Tensor | tuple[Tensor, ...]],
+        *inputs: Tensor,
+    ) -> None:
+        """Says that `results` are function(*inputs), whoever made them."""
         if part not in self.parts or not torch.is_grad_enabled():
-            return function(*inputs)
-        if part == "mla_up":
-            results = function(*inputs)
-        else:
-            results = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+            return
         recipe = _Recipe(function, tuple(tensor.detach() for tensor in inputs))
         for number, result in enumerate(results if isinstance(results, tuple) else (results,)):
             self._known[result.untyped_storage().data_ptr()] = recipe, number, result.detach()
-        return results
 
     @contextmanager
     def region(self) -> Iterator[None]:

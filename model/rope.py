@@ -4,6 +4,7 @@ Dimensions (2i, 2i+1) form a pair, turned by the angle position · θ^(−2i/P).
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,10 +41,56 @@ def rotary_table(frequencies: Tensor, positions: Tensor, *, scaling: RopeScaling
 
 def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
     """Turns the pairs of x [B, S, heads, P] by `table` [S, P/2, 2]; computed in fp32, returned in x's dtype."""
-    pairs = x.float().unflatten(-1, (-1, 2))
+    result: Tensor = _Rotate.apply(x, table)
+    return result
+
+
+def rotate_heads_(x: Tensor, table: Tensor, head_dim: int) -> Tensor:
+    """Turns the last P values of every head in place: x [B, S, heads · head_dim], which must be nobody else's."""
+    result: Tensor = _RotateHeads.apply(x, table, head_dim)
+    return result
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, table: Tensor) -> Tensor:
+        ctx.table = table
+        return _rotate_(x.clone(), table)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _rotate_(grad.clone(), ctx.table, inverse=True), None
+
+
+class _RotateHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, table: Tensor, head_dim: int) -> Tensor:
+        ctx.table, ctx.head_dim = table, head_dim
+        ctx.mark_dirty(x)
+        _rotate_(x.unflatten(-1, (-1, head_dim)), table)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        # Attention made it for its queries alone; elsewhere a copy would be in place.
+        turned = _rotate_(grad.unflatten(-1, (-1, ctx.head_dim)), ctx.table, inverse=True)
+        return turned.flatten(-2), None, None
+
+
+def _rotate_(x: Tensor, table: Tensor, *, inverse: bool = False) -> Tensor:
+    """Turns the last P of x [B, S, heads, d >= P] in place, and returns x."""
+    dim = 2 * table.shape[-2]
+    if x.is_cuda:
+        from model.kernels.rope import rotate_
+
+        rotate_(x, table, dim, inverse=inverse)
+        return x
+    part = x[..., x.shape[-1] - dim :]
     cos, sin = table.unsqueeze(-3).unbind(-1)
-    even, odd = pairs.unbind(-1)
-    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)
+    even, odd = part.float().unflatten(-1, (-1, 2)).unbind(-1)
+    sin = -sin if inverse else sin
+    part.copy_(torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2))
+    return x
 
 
 def softmax_scale(qk_head_dim: int, scaling: RopeScaling | None) -> float:

@@ -55,10 +55,8 @@ class Activations:
         # A stage ends in states that the next gets, or that the norm before the head takes.
         sizes["states"] += self.tokens * (1 + depth) * row
         if is_last:
-            # The joined halves take as much as the outputs of their norms would, of which none keeps its own. In fp32
-            # the embedding that goes into one of them is kept too.
-            embedded = row if self.num_bytes == _FP32 else 0
-            sizes["norms"] += self.tokens * ((1 + 3 * depth) * self._norm(model.hidden_size) + depth * embedded)
+            # The joined halves are the results of two norms, of which one keeps the embedding.
+            sizes["norms"] += self.tokens * ((1 + 3 * depth) * (row + _FP32) + depth * row)
             sizes["loss"] += self._loss()
         if self.masked_documents:
             sizes["attention"] += (1 + self.num_bytes) * self.micro_batch_size * self.seq_len**2
@@ -111,11 +109,9 @@ class Activations:
         model, width = self.model, self.num_bytes
         is_moe = index in model.moe_layers
         inner = model.n_shared_experts * model.moe_intermediate_size if is_moe else model.intermediate_size
-        # The layer's input and the residual after attention, where a norm keeps them (in bf16 it keeps copies in fp32)
-        # or is run again from them; the residual also where a segment ends, before rows are sent.
-        states = 2 if self._has("norms") or width == _FP32 else int(is_moe and self.parallel.ep > 1)
         sizes: dict[str, float] = {
-            "states": states * width * model.hidden_size,
+            # The layer's input, and the residual after attention.
+            "states": 2 * width * model.hidden_size,
             "norms": self._norms(),
             "attention": self._attention(),
             "other MLPs": self._swiglu(inner),
@@ -124,25 +120,17 @@ class Activations:
             sizes |= {"routing": self._routing(), "routed experts": self._experts()}
         return Counter({name: round(self.tokens * size) for name, size in sizes.items()})
 
-    def _norm(self, size: int) -> int:
-        """Beside the states: a copy in fp32, the normalised values, the root mean square and the output."""
-        copy = _FP32 if self.num_bytes < _FP32 else 0
-        return size * (copy + 2 * self.num_bytes) + _FP32
-
     def _norms(self) -> int:
-        """The two of a layer. What the second gives is the input of the MLPs, another segment, and stays."""
-        hidden = self.model.hidden_size
-        if not self._has("norms"):
-            return 2 * self._norm(hidden)
+        """What the two of a layer give, and the scales of their rows. The second gives the input of the MLPs, whose
+        products keep it in any case."""
         is_input_of_queries = self._has("mla_up") and self.model.q_lora_rank is None
-        return (2 if is_input_of_queries else 1) * self.num_bytes * hidden
+        outputs = 1 if self._has("norms") and not is_input_of_queries else 2
+        return outputs * self.num_bytes * self.model.hidden_size + 2 * _FP32
 
     def _latent_norm(self, size: int, extra: int = 0) -> int:
         """Of a norm inside attention, whose input is no state: `extra` values lie in the same memory."""
-        if not self._has("norms"):
-            return size * (_FP32 + 2 * self.num_bytes) + _FP32
-        outputs = size if self._has("mla_up") else 0
-        return self.num_bytes * (size + extra + outputs)
+        outputs = 1 if self._has("mla_up") or not self._has("norms") else 0
+        return self.num_bytes * (size + extra + outputs * size) + _FP32
 
     def _attention(self) -> int:
         model, heads = self.model, self.model.num_attention_heads
@@ -161,8 +149,8 @@ class Activations:
         return self.num_bytes * values + _FP32 * heads + latents
 
     def _swiglu(self, inner: int) -> int:
-        """Gate and up, silu, product."""
-        return (2 if self._has("swiglu") else 4) * self.num_bytes * inner
+        """Gate and up, and their product."""
+        return (2 if self._has("swiglu") else 3) * self.num_bytes * inner
 
     def _routing(self) -> int:
         """Affinities and their order over all experts; weights and permutations of the chosen."""
@@ -197,7 +185,7 @@ class Activations:
         return max(-(-round(self.tokens * self.copies[-1]) // max(bound - members, 1)), 1)
 
     def _experts(self) -> float:
-        """Rows on the way there and back, what experts make of them, and their results by row and choice in fp32."""
+        """Rows on the way there and back, and what experts make of them."""
         *before, last = self.copies or (0.0,)
         if self._num_rounds > 1:
             return sum(map(self._way, before)) + last * 2 * self.num_bytes * self.model.hidden_size
@@ -206,14 +194,14 @@ class Activations:
     def _expert_rows(self) -> float:
         model = self.model
         row = self.num_bytes * model.hidden_size + self._swiglu(model.moe_intermediate_size)
-        # Every row that arrives has room for the results of K experts, though fewer are here.
-        results = _FP32 * model.hidden_size * (self.copies[-1] if self.copies else 1.0)
-        return model.num_experts_per_tok * (row + results)
+        weight_and_token = _FP32 + _INT64
+        return model.num_experts_per_tok * (row + weight_and_token)
 
     def _way(self, copies: float) -> float:
         """A row leaves and arrives, its result leaves and arrives; with weights, choices and places."""
         choice = 2 * _FP32 + 2 * _INT64 + 1
-        return copies * (4 * self.num_bytes * self.model.hidden_size + choice * self.model.num_experts_per_tok)
+        row = 4 * self.num_bytes * self.model.hidden_size + _INT64
+        return copies * (row + choice * self.model.num_experts_per_tok)
 
     def _round(self) -> int:
         """Bytes of one round of dispatch with all that comes of it."""

@@ -8,9 +8,9 @@ from support import small_model
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.experts import RoutedExperts, RoutedRows, SwiGLU, sort_by_expert
+from model.experts import RoutedExperts, RoutedRows, SwiGLU, sort_by_expert, swiglu
 from model.linear import WeightGradients, grouped_linear
-from model.permute import _Spread, by_token, collect, find_copies, spread
+from model.permute import _Spread, collect, find_copies, pick, spread
 from model.recompute import Execution
 
 torch.set_num_threads(1)
@@ -130,8 +130,32 @@ def test_gradient_of_spreading(num_copies: int) -> None:
 def test_copies_that_are_missing_are_zero() -> None:
     copies = find_copies(torch.tensor([[1, 3], [0, 2], [3, 3]]), 3, complete=False)
     rows = torch.tensor([[1.0], [2.0], [4.0]], requires_grad=True)
-    assert by_token(rows, copies)[..., 0].tolist() == [[2, 0], [1, 4], [0, 0]]
-    assert collect(rows, copies)[:, 0].tolist() == [2, 5, 0]
+    sums = collect(rows, copies)
+    assert sums[:, 0].tolist() == [2, 5, 0]
+    sums.backward(torch.tensor([[8.0], [16.0], [32.0]]))
+    assert rows.grad is not None
+    assert rows.grad[:, 0].tolist() == [16, 8, 16]
+    values = torch.tensor([[1.0, 0.0], [2.0, 3.0], [0.0, 0.0]], requires_grad=True)
+    picked = pick(values, copies)
+    assert picked.tolist() == [2, 1, 3]
+    picked.backward(torch.tensor([4.0, 5.0, 6.0]))
+    assert values.grad is not None
+    assert values.grad.tolist() == [[5, 0], [4, 6], [0, 0]]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_gradient_of_swiglu(weighted: bool) -> None:
+    gate_up, grad = torch.randn(7, 10, requires_grad=True), torch.randn(7, 5)
+    weights = torch.rand(7, requires_grad=True) if weighted else None
+    swiglu(gate_up, weights).backward(grad)
+    other, of_rows = gate_up.detach().clone().requires_grad_(), torch.ones(7, requires_grad=True)
+    if weights is not None:
+        of_rows = weights.detach().clone().requires_grad_()
+    gate, up = other.chunk(2, -1)
+    (gate * gate.sigmoid() * up * of_rows[:, None]).backward(grad)
+    torch.testing.assert_close(gate_up.grad, other.grad)
+    if weights is not None:
+        torch.testing.assert_close(weights.grad, of_rows.grad)
 
 
 def test_sums_over_copies_are_in_fp32() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model.config import RopeScaling
-from model.rope import apply_rotary, rotary_frequencies, rotary_table, softmax_scale, yarn_mscale
+from model.rope import apply_rotary, rotate_heads_, rotary_frequencies, rotary_table, softmax_scale, yarn_mscale
 
 torch.set_num_threads(1)
 
@@ -39,6 +39,28 @@ def test_rotation_keeps_the_dtype_but_not_its_precision() -> None:
     table = rotary_table(rotary_frequencies(8, theta=1e4, scaling=None), torch.arange(3), scaling=None)
     assert apply_rotary(x, table).dtype == torch.bfloat16
     assert torch.equal(apply_rotary(x, table), apply_rotary(x.float(), table).bfloat16())
+
+
+def test_gradient_is_the_turn_back() -> None:
+    table = rotary_table(rotary_frequencies(4, theta=1e4, scaling=None), torch.arange(3), scaling=None)
+    x = torch.randn(2, 3, 2, 4, requires_grad=True)
+    apply_rotary(x, table).backward(apply_rotary(x.detach(), table))
+    torch.testing.assert_close(x.grad, x.detach())
+
+
+def test_heads_are_turned_in_place() -> None:
+    table = rotary_table(rotary_frequencies(4, theta=1e4, scaling=None), torch.arange(3), scaling=None)
+    x = torch.randn(2, 3, 2 * 6, requires_grad=True)
+    product = x * 1.0
+    turned = rotate_heads_(product, table, 6).unflatten(-1, (2, 6))
+    assert turned.data_ptr() == product.data_ptr()
+    kept, part = x.unflatten(-1, (2, 6)).split([2, 4], -1)
+    expected = torch.cat((kept, apply_rotary(part, table)), -1)
+    torch.testing.assert_close(turned, expected)
+    grad = torch.randn(2, 3, 2, 6)
+    (of_expected,) = torch.autograd.grad(expected, x, grad)
+    turned.backward(grad.clone())
+    torch.testing.assert_close(x.grad, of_expected)
 
 
 def test_no_yarn_unless_configured() -> None:
