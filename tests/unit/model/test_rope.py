@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model.config import RopeScaling
-from model.rope import apply_rotary, rotate_heads_, rotary_frequencies, rotary_table, softmax_scale, yarn_mscale
+from model.rope import apply_rotary, rotary_frequencies, rotary_table, rotate_heads_, softmax_scale, yarn_mscale
 
 torch.set_num_threads(1)
 
