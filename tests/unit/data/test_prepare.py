@@ -246,9 +246,9 @@ def _stop_when(command: list[str], condition: Callable[[], bool], number: signal
     return process.wait(60), process.communicate()[1], workers
 
 
-def _corpus(folder: Path) -> Path:
+def _corpus(folder: Path, *, num_files: int = 40) -> Path:
     folder.mkdir()
-    for number in range(40):
+    for number in range(num_files):
         (folder / f"{number}.txt").write_text(code_like(number, 150))
     return folder
 
@@ -295,7 +295,8 @@ def test_killed_at_any_moment_and_run_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_run_says_how_to_go_on(tmp_path: Path, number: signal.Signals) -> None:
-    source, out = _corpus(tmp_path / "source"), tmp_path / "out"
+    # Enough for the signal to come in time on a busy machine.
+    source, out = _corpus(tmp_path / "source", num_files=200), tmp_path / "out"
     status, message, _ = _stop_when(_command(source, out), _moments(out)[2], number)
     assert status == 75
     assert message == "interrupted; the same command goes on where it stopped\n"
