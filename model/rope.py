@@ -83,7 +83,7 @@ def _rotate_(x: Tensor, table: Tensor, *, inverse: bool = False) -> Tensor:
     if x.is_cuda:
         from model.kernels.rope import rotate_
 
-        rotate_(x, table, dim, inverse=inverse)
+        rotate_(x, table, rotary_dim=dim, inverse=inverse)
         return x
     part = x[..., x.shape[-1] - dim :]
     cos, sin = table.unsqueeze(-3).unbind(-1)
