@@ -7,8 +7,6 @@ All in fp32, rounded once where stored. A row lies in the registers of one progr
 rows that it sees and a second sum runs over the programs, in an order that is the same in every run.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -81,8 +79,8 @@ def _with_dense_rows(x: Tensor) -> Tensor:
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _forward_kernel(
-    x: Any, update: Any, weight: Any, residual: Any, y: Any, rstd: Any,
-    num_rows: Any, x_stride: Any, update_stride: Any, eps: Any,
+    x: tl.tensor, update: tl.tensor, weight: tl.tensor, residual: tl.tensor, y: tl.tensor, rstd: tl.tensor,
+    num_rows: tl.tensor, x_stride: tl.tensor, update_stride: tl.tensor, eps: tl.tensor,
     SIZE: tl.constexpr, ADDS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -103,8 +101,8 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _backward_kernel(
-    grad: Any, x: Any, weight: Any, rstd: Any, added: Any, grad_x: Any, sums: Any,
-    num_rows: Any, grad_stride: Any, x_stride: Any, added_stride: Any,
+    grad: tl.tensor, x: tl.tensor, weight: tl.tensor, rstd: tl.tensor, added: tl.tensor, grad_x: tl.tensor, sums: tl.tensor,
+    num_rows: tl.tensor, grad_stride: tl.tensor, x_stride: tl.tensor, added_stride: tl.tensor,
     SIZE: tl.constexpr, ADDS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     column = tl.arange(0, BLOCK)

@@ -5,8 +5,6 @@ choice among the earlier ones of the same expert, and how many each expert has t
 block) tells where the first of each stands. Only integers are counted, and nothing is read back.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -56,7 +54,7 @@ def count_and_place(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _sum_kernel(
-    rows: Any, slots: Any, first: Any, second: Any, result: Any, num_rows: Any,
+    rows: tl.tensor, slots: tl.tensor, first: tl.tensor, second: tl.tensor, result: tl.tensor, num_rows: tl.tensor,
     SIZE: tl.constexpr, SLOTS: tl.constexpr, ADDENDS: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -75,7 +73,7 @@ def _sum_kernel(
 
 @triton.jit(do_not_specialize=["num_choices", "num_blocks"])
 def _rank_kernel(
-    experts: Any, ranks: Any, in_blocks: Any, num_choices: Any, num_blocks: Any,
+    experts: tl.tensor, ranks: tl.tensor, in_blocks: tl.tensor, num_choices: tl.tensor, num_blocks: tl.tensor,
     BLOCK: tl.constexpr, PART: tl.constexpr,
 ) -> None:  # fmt: skip
     """Ranks [N] within blocks, and the counts [E + 1, blocks] of experts that are there, the others being zero."""
@@ -97,8 +95,8 @@ def _rank_kernel(
 
 @triton.jit(do_not_specialize=["num_choices", "num_blocks", "num_experts"])
 def _place_kernel(
-    experts: Any, places: Any, order: Any, counts: Any, in_blocks: Any, ends: Any,
-    num_choices: Any, num_blocks: Any, num_experts: Any, BLOCK: tl.constexpr,
+    experts: tl.tensor, places: tl.tensor, order: tl.tensor, counts: tl.tensor, in_blocks: tl.tensor, ends: tl.tensor,
+    num_choices: tl.tensor, num_blocks: tl.tensor, num_experts: tl.tensor, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     """Turns ranks, which `places` holds, into places, and stores their inverse and the counts."""
     choice = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -1,8 +1,6 @@
 """Queries and keys of multi-head latent attention where they lie: rotary positions turned in place, and keys put
 together from each head's own part and the rotary part that all heads share."""
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -70,7 +68,7 @@ def _head_tile(num_heads: int, nope_dim: int, rotary_dim: int) -> tuple[int, int
 
 @triton.jit(do_not_specialize=["num_tokens", "length"])
 def _rotate_kernel(
-    x: Any, table: Any, num_tokens: Any, length: Any, num_heads: Any, batch_stride: Any, step: Any, head_stride: Any,
+    x: tl.tensor, table: tl.tensor, num_tokens: tl.tensor, length: tl.tensor, num_heads: tl.tensor, batch_stride: tl.tensor, step: tl.tensor, head_stride: tl.tensor,
     OFFSET: tl.constexpr, SIZE: tl.constexpr, INVERSE: tl.constexpr,
     TOKENS: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -96,8 +94,8 @@ def _rotate_kernel(
 
 @triton.jit(do_not_specialize=["length"])
 def _keys_kernel(
-    kv: Any, k_rope: Any, keys: Any, length: Any, num_heads: Any, batch_stride: Any, step: Any, head_stride: Any,
-    rope_batch_stride: Any, rope_step: Any,
+    kv: tl.tensor, k_rope: tl.tensor, keys: tl.tensor, length: tl.tensor, num_heads: tl.tensor, batch_stride: tl.tensor, step: tl.tensor, head_stride: tl.tensor,
+    rope_batch_stride: tl.tensor, rope_step: tl.tensor,
     NOPE: tl.constexpr, ROPE: tl.constexpr, HEADS: tl.constexpr, NOPE_BLOCK: tl.constexpr, ROPE_BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     batch, position = (tl.program_id(0) // length).to(tl.int64), (tl.program_id(0) % length).to(tl.int64)
@@ -116,8 +114,8 @@ def _keys_kernel(
 
 @triton.jit(do_not_specialize=["length"])
 def _keys_backward_kernel(
-    grad_k: Any, grad_v: Any, grad_kv: Any, grad_rope: Any, length: Any, num_heads: Any,
-    k_batch_stride: Any, k_step: Any, k_head_stride: Any, v_batch_stride: Any, v_step: Any, v_head_stride: Any,
+    grad_k: tl.tensor, grad_v: tl.tensor, grad_kv: tl.tensor, grad_rope: tl.tensor, length: tl.tensor, num_heads: tl.tensor,
+    k_batch_stride: tl.tensor, k_step: tl.tensor, k_head_stride: tl.tensor, v_batch_stride: tl.tensor, v_step: tl.tensor, v_head_stride: tl.tensor,
     NOPE: tl.constexpr, ROPE: tl.constexpr, VALUE: tl.constexpr, HEADS: tl.constexpr,
     NOPE_BLOCK: tl.constexpr, ROPE_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip

@@ -5,8 +5,6 @@ With s = sigmoid(g) and silu(g) = g · s:   d silu/dg = s · (1 + g · (1 − s)
 The gradient can give the result too, so that a layer need not keep it.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -63,7 +61,7 @@ def _tile(size: int) -> tuple[int, int]:
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _forward_kernel(
-    gate_up: Any, weights: Any, result: Any, num_rows: Any,
+    gate_up: tl.tensor, weights: tl.tensor, result: tl.tensor, num_rows: tl.tensor,
     SIZE: tl.constexpr, WEIGHTED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -80,7 +78,7 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _backward_kernel(
-    grad: Any, gate_up: Any, weights: Any, grad_gate_up: Any, grad_weights: Any, result: Any, num_rows: Any,
+    grad: tl.tensor, gate_up: tl.tensor, weights: tl.tensor, grad_gate_up: tl.tensor, grad_weights: tl.tensor, result: tl.tensor, num_rows: tl.tensor,
     SIZE: tl.constexpr, SPAN: tl.constexpr, WEIGHTED: tl.constexpr, WITH_RESULT: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
