@@ -82,23 +82,22 @@ class MultiHeadLatentAttention(nn.Module):
         super().__init__()
         self.config = config
         self._recompute = execution.recompute
-        weight_gradients = execution.weight_gradients
         self.scale = softmax_scale(config.qk_head_dim, config.rope_scaling)
         heads = config.num_attention_heads
         if config.q_lora_rank is None:
-            self.q_proj = Linear(config.hidden_size, heads * config.qk_head_dim, weight_gradients)
+            self.q_proj = Linear(config.hidden_size, heads * config.qk_head_dim, execution, "attention")
         else:
-            self.q_a_proj = Linear(config.hidden_size, config.q_lora_rank, weight_gradients)
+            self.q_a_proj = Linear(config.hidden_size, config.q_lora_rank, execution, "attention")
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps=config.rms_norm_eps)
-            self.q_b_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim, weight_gradients)
+            self.q_b_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim, execution, "attention")
         self.kv_a_proj_with_mqa = Linear(
-            config.hidden_size, config.kv_lora_rank + config.qk_rope_head_dim, weight_gradients
+            config.hidden_size, config.kv_lora_rank + config.qk_rope_head_dim, execution, "attention"
         )
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, eps=config.rms_norm_eps)
         self.kv_b_proj = Linear(
-            config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), weight_gradients
+            config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), execution, "attention"
         )
-        self.o_proj = Linear(heads * config.v_head_dim, config.hidden_size, weight_gradients)
+        self.o_proj = Linear(heads * config.v_head_dim, config.hidden_size, execution, "attention")
 
     def forward(
         self, x: Tensor, context: AttentionContext, cache: LatentCache | None = None, *, absorbed: bool = False

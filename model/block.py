@@ -138,7 +138,7 @@ class MultiTokenBlock(Block):
         super().__init__(config, index, num_local_experts=num_local_experts, execution=execution)
         self.enorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.hnorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size, execution.weight_gradients)
+        self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size, execution, "prediction")
         self.shared_head = SharedHead(config)
 
     def join(self, embedded: Tensor, hidden: Tensor) -> Tensor:

@@ -32,8 +32,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int, execution: Execution) -> None:
         super().__init__()
-        self.gate_up_proj = Linear(hidden_size, 2 * intermediate_size, execution.weight_gradients)
-        self.down_proj = Linear(intermediate_size, hidden_size, execution.weight_gradients)
+        self.gate_up_proj = Linear(hidden_size, 2 * intermediate_size, execution, "mlp")
+        self.down_proj = Linear(intermediate_size, hidden_size, execution, "mlp")
         self._recompute = execution.recompute
 
     def forward(self, x: Tensor) -> Tensor:
@@ -50,6 +50,8 @@ class RoutedExperts(nn.Module):
         hidden, inner = config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * inner, hidden))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden, inner))
+        self.gate_up_quantizer = execution.fp8.quantizer("experts", hidden, 2 * inner, num_experts=num_experts)
+        self.down_quantizer = execution.fp8.quantizer("experts", inner, hidden, num_experts=num_experts)
         self._weight_gradients = execution.weight_gradients
         self._recompute = execution.recompute
 
@@ -59,9 +61,9 @@ class RoutedExperts(nn.Module):
         later = self._weight_gradients if defers else WeightGradients()
         copies, counts = sort_by_expert(routed, len(self.gate_up_proj))
         rows = spread(routed.rows, copies)
-        gate_up = grouped_linear(rows, self.gate_up_proj, counts, later)
+        gate_up = grouped_linear(rows, self.gate_up_proj, counts, later, self.gate_up_quantizer)
         inner = self._recompute.again("swiglu", swiglu, gate_up, pick(routed.weights, copies))
-        return collect(grouped_linear(inner, self.down_proj, counts, later), copies)
+        return collect(grouped_linear(inner, self.down_proj, counts, later, self.down_quantizer), copies)
 
 
 def sort_by_expert(routed: RoutedRows, num_experts: int) -> tuple[Copies, Tensor]:

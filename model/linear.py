@@ -3,16 +3,22 @@
 The backward pass of y = x Wᵀ has two parts: dx = dy W, which the layers before it wait for, and dW = dyᵀ x, which only
 the optimizer does. A zero-bubble schedule runs the second later, where a rank would otherwise be idle. While
 `WeightGradients.deferring` is set, the products of this module leave dW there as work; otherwise autograd gets it at
-once.
+once. Products in FP8 (`model.fp8`) keep their inputs as they are and round them again for dW.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from model.fp8 import Part, Quantizer
+from model.fp8_products import arithmetic, grouped_operand_dtype
+
+if TYPE_CHECKING:
+    from model.recompute import Execution
 
 Work = Callable[[], None]
 
@@ -24,7 +30,7 @@ class WeightGradients:
         self.deferring = False
         self._work: list[Work] = []
 
-    def defer(self, weight: nn.Parameter, compute: Callable[[], Tensor]) -> None:
+    def defer(self, weight: nn.Parameter, compute: Callable[[], Tensor | None]) -> None:
         """Keeps the computation of a gradient of `weight` for later."""
         self._work.append(partial(_run, weight, compute))
 
@@ -51,26 +57,43 @@ def add_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
 
 
 @torch.no_grad()
-def _run(weight: nn.Parameter, compute: Callable[[], Tensor]) -> None:
-    add_gradient(weight, compute())
+def _run(weight: nn.Parameter, compute: Callable[[], Tensor | None]) -> None:
+    gradient = compute()
+    if gradient is not None:
+        add_gradient(weight, gradient)
 
 
 class Linear(nn.Module):
-    """y = x Wᵀ: x [..., in] to [..., out]. `weight` [out, in] has the name and shape of `nn.Linear`'s."""
+    """y = x Wᵀ: x [..., in] to [..., out]. `weight` [out, in] has the name and shape of `nn.Linear`'s. Its `part` of
+    the network and its sizes say whether it is in FP8, by a `quantizer`, or high."""
 
-    def __init__(self, in_features: int, out_features: int, weight_gradients: WeightGradients) -> None:
+    def __init__(self, in_features: int, out_features: int, execution: "Execution", part: Part) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        self._weight_gradients = weight_gradients
+        self.quantizer = execution.fp8.quantizer(part, in_features, out_features)
+        self._weight_gradients = execution.weight_gradients
 
     def forward(self, x: Tensor, rows: slice | None = None) -> Tensor:
         """[..., in] to [..., out], or with `rows` to those outputs alone."""
+        if self.quantizer is not None:
+            return self._in_fp8(x, rows, self.quantizer)
         if rows is not None:
             return F.linear(x, self.weight[rows])
         if not torch.is_grad_enabled():
             return F.linear(x, self.weight)
         result: Tensor = _Linear.apply(x, self.weight, self._weight_gradients)
         return result
+
+    def _in_fp8(self, x: Tensor, rows: slice | None, quantizer: Quantizer) -> Tensor:
+        flat = x.flatten(0, -2)
+        # The gradient of a slice goes through autograd, at once.
+        weight = self.weight if rows is None else self.weight[rows]
+        later = self._weight_gradients if rows is None else WeightGradients()
+        if not torch.is_grad_enabled():
+            out = _multiply_in_fp8(flat, weight, quantizer, observed=False)
+        else:
+            out = _Fp8Linear.apply(flat, weight, quantizer, later, len(weight) / len(self.weight))
+        return out.unflatten(0, x.shape[:-1])
 
 
 class _Linear(torch.autograd.Function):
@@ -98,10 +121,79 @@ def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     return grad.t() @ x
 
 
-def grouped_linear(rows: Tensor, weight: nn.Parameter, counts: Tensor, weight_gradients: WeightGradients) -> Tensor:
+def _multiply_in_fp8(x: Tensor, weight: Tensor, quantizer: Quantizer, *, observed: bool, share: float = 1.0) -> Tensor:
+    """x [T, in] Wᵀ. A slice of the weight, a `share` of it, counts as the whole, as other ranks have the others; and
+    its input for that share, as they have the same."""
+    products = arithmetic(x)
+    rounded = products.round(quantizer, "activation", x, rows=True, columns=False, observed=observed, share=share)
+    return products.forward(rounded, _rounded_weight(weight, quantizer, observed=observed, share=share), x.dtype)
+
+
+def _rounded_weight(weight: Tensor, quantizer: Quantizer, *, observed: bool, share: float = 1.0) -> Any:
+    known = quantizer.shared.known_weight(quantizer) if share == 1 else None
+    if known is None:
+        products = arithmetic(weight)
+        share = 1 / share
+        known = products.round(quantizer, "weight", weight, rows=True, columns=True, observed=observed, share=share)
+        if share == 1:
+            quantizer.shared.remember_weight(quantizer, known)
+    return known
+
+
+class _Fp8Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, quantizer: Quantizer, weight_gradients: WeightGradients, share: float
+    ) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.quantizer, ctx.weight_gradients, ctx.share = weight, quantizer, weight_gradients, share
+        return _multiply_in_fp8(x, weight, quantizer, observed=True, share=share)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        (x,) = ctx.saved_tensors
+        products, quantizer = arithmetic(grad), ctx.quantizer
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        rounded = products.round(quantizer, "gradient", grad, rows=needs_x, columns=needs_weight, observed=needs_x)
+        grad_x = None
+        if needs_x:
+            weight = _rounded_weight(ctx.weight, quantizer, observed=False, share=ctx.share)
+            grad_x = products.input_gradient(rounded, weight, grad.dtype)
+        if not needs_weight:
+            return grad_x, None, None, None, None
+        compute = partial(_fp8_weight_gradient, products.only_columns(rounded), x, ctx.weight, quantizer)
+        if ctx.weight_gradients.deferring:
+            ctx.weight_gradients.defer(ctx.weight, compute)
+            return grad_x, None, None, None, None
+        return grad_x, compute(), None, None, None
+
+
+def _fp8_weight_gradient(grad: Any, x: Tensor, weight: Tensor, quantizer: Quantizer) -> Tensor | None:
+    """dyᵀ x; or None, when it has been added to the weight's fp32 sum."""
+    products = arithmetic(x)
+    rounded = products.round(quantizer, "activation", x, rows=False, columns=True, observed=False)
+    marked: Any = weight
+    if getattr(weight, "main_grad", None) is None:
+        return products.weight_gradient(grad, rounded, weight.dtype)
+    products.add_weight_gradient(grad, rounded, marked.main_grad, is_first=getattr(weight, "main_grad_is_old", False))
+    marked.main_grad_is_old = False
+    return None
+
+
+def grouped_linear(
+    rows: Tensor,
+    weight: nn.Parameter,
+    counts: Tensor,
+    weight_gradients: WeightGradients,
+    quantizer: Quantizer | None = None,
+) -> Tensor:
     """y = x Wᵀ with the weight of each row's expert: rows [R, in] ordered by expert, weight [E, out, in], counts [E] to
-    [R, out]."""
-    result: Tensor = _GroupedLinear.apply(rows, weight, counts, weight_gradients)
+    [R, out]; in FP8 with a quantizer."""
+    if quantizer is None:
+        result: Tensor = _GroupedLinear.apply(rows, weight, counts, weight_gradients)
+    else:
+        observed = torch.is_grad_enabled()
+        result = _Fp8GroupedLinear.apply(rows, weight, counts, weight_gradients, quantizer, observed)
     return result
 
 
@@ -126,6 +218,66 @@ class _GroupedLinear(torch.autograd.Function):
             ctx.weight_gradients.defer(ctx.weight, compute)
             return grad_rows, None, None, None
         return grad_rows, compute(), None, None
+
+
+class _Fp8GroupedLinear(torch.autograd.Function):
+    """The three grouped products on rounded operands. They are those of 16 bits: a kernel that multiplies the codes
+    themselves belongs here."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        weight: nn.Parameter,
+        counts: Tensor,
+        weight_gradients: WeightGradients,
+        quantizer: Quantizer,
+        observed: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(rows, counts)
+        ctx.weight, ctx.weight_gradients, ctx.quantizer = weight, weight_gradients, quantizer
+        dtype = grouped_operand_dtype(quantizer, rows)
+        x = quantizer.round("activation", rows, counts, columns=False, observed=observed).rows
+        matrices = _rounded_experts(weight, quantizer, dtype, observed=observed)
+        assert x is not None
+        return _grouped_product(x.to(dtype), matrices.transpose(-2, -1), counts).to(rows.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+        rows, counts = ctx.saved_tensors
+        quantizer, needs_weight = ctx.quantizer, ctx.needs_input_grad[1]
+        dtype = grouped_operand_dtype(quantizer, grad)
+        rounded = quantizer.round("gradient", grad, counts, columns=needs_weight, observed=True)
+        grad_rows = None
+        if ctx.needs_input_grad[0]:
+            matrices = _rounded_experts(ctx.weight, quantizer, dtype, observed=False)
+            grad_rows = _grouped_product(rounded.rows.to(dtype), matrices, counts).to(grad.dtype)
+        if not needs_weight:
+            return grad_rows, None, None, None, None, None
+        compute = partial(_fp8_grouped_weight_gradient, rounded.columns.to(dtype), rows, ctx.weight, counts, quantizer)
+        if ctx.weight_gradients.deferring:
+            ctx.weight_gradients.defer(ctx.weight, compute)
+            return grad_rows, None, None, None, None, None
+        return grad_rows, compute(), None, None, None, None
+
+
+def _rounded_experts(weight: Tensor, quantizer: Quantizer, dtype: torch.dtype, *, observed: bool) -> Tensor:
+    known: Tensor | None = quantizer.shared.known_weight(quantizer)
+    if known is None:
+        values = quantizer.round("weight", weight, observed=observed).rows
+        assert values is not None
+        known = values.to(dtype)
+        quantizer.shared.remember_weight(quantizer, known)
+    return known
+
+
+def _fp8_grouped_weight_gradient(
+    grad: Tensor, rows: Tensor, weight: Tensor, counts: Tensor, quantizer: Quantizer
+) -> Tensor:
+    x = quantizer.round("activation", rows, counts, rows=False).columns
+    assert x is not None
+    gradient = _grouped_weight_gradient(grad, x.to(grad.dtype), counts)
+    return gradient if hasattr(weight, "main_grad") else gradient.to(weight.dtype)
 
 
 def _grouped_product(rows: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:

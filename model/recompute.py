@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from model.fp8 import Fp8
 from model.linear import WeightGradients
 
 Recomputable = Literal["norms", "mla_up", "swiglu"]
@@ -109,7 +110,9 @@ def _unpack(kept: Tensor | _Kept) -> Tensor:
 
 @dataclass(frozen=True)
 class Execution:
-    """How the layers of a rank run their backward pass: what waits, and what is computed again."""
+    """How the layers of a rank run: which weight gradients wait, what is computed again, and which products are in
+    FP8."""
 
     weight_gradients: WeightGradients = field(default_factory=WeightGradients)
     recompute: Recompute = field(default_factory=Recompute)
+    fp8: Fp8 = field(default_factory=Fp8)

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from model.attention import AttentionContext, LatentCache, SequenceParts, causal_mask, document_mask
 from model.block import Block, MultiTokenBlock, RouterStats
 from model.config import ModelConfig
+from model.fp8 import Fp8, Fp8Config
 from model.loss import cross_entropy
 from model.norm import RMSNorm
 from model.recompute import Execution, Recompute
@@ -81,12 +82,17 @@ class Transformer(nn.Module):
     frequencies: Tensor
 
     def __init__(
-        self, config: ModelConfig, part: ModelPart | None = None, *, recompute: frozenset[str] = frozenset()
+        self,
+        config: ModelConfig,
+        part: ModelPart | None = None,
+        *,
+        recompute: frozenset[str] = frozenset(),
+        fp8: Fp8Config | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.part = part = part or whole_model(config)
-        self.execution = Execution(recompute=Recompute(recompute))
+        self.execution = Execution(recompute=Recompute(recompute), fp8=Fp8(fp8))
         if part.embedding:
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleDict()
