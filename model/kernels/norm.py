@@ -101,7 +101,8 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _backward_kernel(
-    grad: tl.tensor, x: tl.tensor, weight: tl.tensor, rstd: tl.tensor, added: tl.tensor, grad_x: tl.tensor, sums: tl.tensor,
+    grad: tl.tensor, x: tl.tensor, weight: tl.tensor, rstd: tl.tensor, added: tl.tensor, grad_x: tl.tensor,
+    sums: tl.tensor,
     num_rows: tl.tensor, grad_stride: tl.tensor, x_stride: tl.tensor, added_stride: tl.tensor,
     SIZE: tl.constexpr, ADDS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip

@@ -68,7 +68,8 @@ def _head_tile(num_heads: int, nope_dim: int, rotary_dim: int) -> tuple[int, int
 
 @triton.jit(do_not_specialize=["num_tokens", "length"])
 def _rotate_kernel(
-    x: tl.tensor, table: tl.tensor, num_tokens: tl.tensor, length: tl.tensor, num_heads: tl.tensor, batch_stride: tl.tensor, step: tl.tensor, head_stride: tl.tensor,
+    x: tl.tensor, table: tl.tensor, num_tokens: tl.tensor, length: tl.tensor, num_heads: tl.tensor,
+    batch_stride: tl.tensor, step: tl.tensor, head_stride: tl.tensor,
     OFFSET: tl.constexpr, SIZE: tl.constexpr, INVERSE: tl.constexpr,
     TOKENS: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -94,7 +95,8 @@ def _rotate_kernel(
 
 @triton.jit(do_not_specialize=["length"])
 def _keys_kernel(
-    kv: tl.tensor, k_rope: tl.tensor, keys: tl.tensor, length: tl.tensor, num_heads: tl.tensor, batch_stride: tl.tensor, step: tl.tensor, head_stride: tl.tensor,
+    kv: tl.tensor, k_rope: tl.tensor, keys: tl.tensor, length: tl.tensor, num_heads: tl.tensor,
+    batch_stride: tl.tensor, step: tl.tensor, head_stride: tl.tensor,
     rope_batch_stride: tl.tensor, rope_step: tl.tensor,
     NOPE: tl.constexpr, ROPE: tl.constexpr, HEADS: tl.constexpr, NOPE_BLOCK: tl.constexpr, ROPE_BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -114,8 +116,10 @@ def _keys_kernel(
 
 @triton.jit(do_not_specialize=["length"])
 def _keys_backward_kernel(
-    grad_k: tl.tensor, grad_v: tl.tensor, grad_kv: tl.tensor, grad_rope: tl.tensor, length: tl.tensor, num_heads: tl.tensor,
-    k_batch_stride: tl.tensor, k_step: tl.tensor, k_head_stride: tl.tensor, v_batch_stride: tl.tensor, v_step: tl.tensor, v_head_stride: tl.tensor,
+    grad_k: tl.tensor, grad_v: tl.tensor, grad_kv: tl.tensor, grad_rope: tl.tensor, length: tl.tensor,
+    num_heads: tl.tensor,
+    k_batch_stride: tl.tensor, k_step: tl.tensor, k_head_stride: tl.tensor, v_batch_stride: tl.tensor,
+    v_step: tl.tensor, v_head_stride: tl.tensor,
     NOPE: tl.constexpr, ROPE: tl.constexpr, VALUE: tl.constexpr, HEADS: tl.constexpr,
     NOPE_BLOCK: tl.constexpr, ROPE_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip

@@ -78,7 +78,8 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _backward_kernel(
-    grad: tl.tensor, gate_up: tl.tensor, weights: tl.tensor, grad_gate_up: tl.tensor, grad_weights: tl.tensor, result: tl.tensor, num_rows: tl.tensor,
+    grad: tl.tensor, gate_up: tl.tensor, weights: tl.tensor, grad_gate_up: tl.tensor, grad_weights: tl.tensor,
+    result: tl.tensor, num_rows: tl.tensor,
     SIZE: tl.constexpr, SPAN: tl.constexpr, WEIGHTED: tl.constexpr, WITH_RESULT: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
