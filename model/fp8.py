@@ -65,6 +65,7 @@ Part = Literal["attention", "mlp", "experts", "prediction"]
 Kind = Literal["activation", "weight", "gradient"]
 KINDS: tuple[Kind, ...] = ("activation", "weight", "gradient")
 PARTS_IN_FP8: frozenset[Part] = frozenset({"attention", "mlp", "experts"})
+PARTS_ON_GPU: frozenset[Part] = frozenset({"attention", "mlp"})
 AMAX_HISTORY = "amax_history"
 HISTORY_STEPS = 16
 SIZE_MULTIPLE = 16
@@ -83,6 +84,11 @@ class Fp8Config:
     def format(self, kind: Kind) -> torch.dtype:
         """The FP8 format of a kind of tensor."""
         return E5M2 if kind == "gradient" and self.recipe != "block" else E4M3
+
+
+def parts_in_fp8(device_type: str) -> frozenset[Part]:
+    """The parts of the network that are in FP8 on a device: on a GPU, those that are faster for it."""
+    return PARTS_ON_GPU if device_type == "cuda" else PARTS_IN_FP8
 
 
 class Rounded(NamedTuple):
@@ -142,7 +148,7 @@ class Fp8:
     def __init__(self, config: Fp8Config | None = None) -> None:
         self.config = config or Fp8Config()
         self.monitor = Monitor()
-        self._weights: dict[int, Any] | None = None
+        self._weights: dict[int, tuple[Any, bool]] | None = None
 
     def quantizer(self, part: Part, in_features: int, out_features: int, *, num_experts: int = 0) -> "Quantizer | None":
         """How a matrix [out, in], or one for each expert, is multiplied in FP8; None if it is not."""
@@ -160,14 +166,15 @@ class Fp8:
         finally:
             self._weights = None
 
-    def known_weight(self, quantizer: "Quantizer") -> Any:
-        """What `remember_weight` was given, or None."""
-        return None if self._weights is None else self._weights.get(id(quantizer))
+    def known_weight(self, quantizer: "Quantizer", *, observed: bool) -> Any:
+        """What `remember_weight` was given, None if nothing or if it has yet to be `observed`."""
+        operand, was_observed = (self._weights or {}).get(id(quantizer), (None, False))
+        return operand if was_observed or not observed else None
 
-    def remember_weight(self, quantizer: "Quantizer", operand: Any) -> None:
-        """Keeps a rounded weight until weights change."""
+    def remember_weight(self, quantizer: "Quantizer", operand: Any, *, observed: bool) -> None:
+        """Keeps a rounded weight as long as weights are constant."""
         if self._weights is not None:
-            self._weights[id(quantizer)] = operand
+            self._weights[id(quantizer)] = operand, observed
 
 
 class Quantizer(nn.Module):

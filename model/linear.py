@@ -130,13 +130,13 @@ def _multiply_in_fp8(x: Tensor, weight: Tensor, quantizer: Quantizer, *, observe
 
 
 def _rounded_weight(weight: Tensor, quantizer: Quantizer, *, observed: bool, share: float = 1.0) -> Any:
-    known = quantizer.shared.known_weight(quantizer) if share == 1 else None
+    known = quantizer.shared.known_weight(quantizer, observed=observed) if share == 1 else None
     if known is None:
         products = arithmetic(weight)
         share = 1 / share
         known = products.round(quantizer, "weight", weight, rows=True, columns=True, observed=observed, share=share)
         if share == 1:
-            quantizer.shared.remember_weight(quantizer, known)
+            quantizer.shared.remember_weight(quantizer, known, observed=observed)
     return known
 
 
@@ -262,12 +262,12 @@ class _Fp8GroupedLinear(torch.autograd.Function):
 
 
 def _rounded_experts(weight: Tensor, quantizer: Quantizer, dtype: torch.dtype, *, observed: bool) -> Tensor:
-    known: Tensor | None = quantizer.shared.known_weight(quantizer)
+    known: Tensor | None = quantizer.shared.known_weight(quantizer, observed=observed)
     if known is None:
         values = quantizer.round("weight", weight, observed=observed).rows
         assert values is not None
         known = values.to(dtype)
-        quantizer.shared.remember_weight(quantizer, known)
+        quantizer.shared.remember_weight(quantizer, known, observed=observed)
     return known
 
 

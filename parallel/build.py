@@ -3,6 +3,7 @@
 import torch
 
 from model.config import ModelConfig
+from model.fp8 import Fp8Config
 from model.init import initialize
 from model.transformer import Transformer
 from parallel.chunk import Chunk
@@ -34,11 +35,17 @@ def placement(parallel: ParallelConfig) -> Schedule:
 
 
 def build_model(
-    config: ModelConfig, parallel: ParallelConfig, mesh: Mesh, *, seed: int, device: torch.device
+    config: ModelConfig,
+    parallel: ParallelConfig,
+    mesh: Mesh,
+    *,
+    seed: int,
+    device: torch.device,
+    fp8: Fp8Config | None = None,
 ) -> Transformer:
     """This rank's part with its initial weights, which are those of the whole model, in fp32."""
     part = part_of_rank(config, mesh.shape, placement(parallel), mesh.rank)
-    model = Transformer(config, part, recompute=frozenset(parallel.recompute) - {"block"})
+    model = Transformer(config, part, recompute=frozenset(parallel.recompute) - {"block"}, fp8=fp8)
     initialize(model, config, seed=seed, first_expert=part.first_expert)
     return model.to(device)
 

@@ -48,6 +48,7 @@ class Executor:
         self.ranks = next(ranks for ranks in mesh.shape.pipelines() if mesh.rank in ranks)
         self._name = schedule
         self._place = mesh.shape.pp_rank(mesh.rank)
+        self._model = next(iter(self.chunks.values())).model
         self._lowered = lru_cache(maxsize=8)(self._lower)
 
     def train(self, batches: Sequence[MicroBatch], weights: LossWeights) -> Outcome:
@@ -73,6 +74,12 @@ class Executor:
         training: bool,
     ) -> Outcome:
         run = _Run(self, schedule, batches, weights, training=training)
+        with self._model.execution.fp8.constant_weights():
+            self._run_ops(run, ops)
+        self.executed = run.executed
+        return run.outcome
+
+    def _run_ops(self, run: "_Run", ops: Sequence[Op]) -> None:
         for is_transfer, group in groupby(ops, lambda op: isinstance(op, Send | Recv)):
             if is_transfer:
                 run.transfer([op for op in group if isinstance(op, Send | Recv)])
@@ -81,8 +88,6 @@ class Executor:
                     assert isinstance(op, Action | Overlapped)
                     run.perform(op)
         run.finish()
-        self.executed = run.executed
-        return run.outcome
 
     def _lower(self, num_micro_batches: int) -> tuple[Schedule, tuple[Op, ...]]:
         schedule = make_schedule(self._name, num_ranks=len(self.ranks), num_micro_batches=num_micro_batches)
@@ -126,9 +131,8 @@ class _Run:
     ) -> None:
         self._executor, self._schedule, self._batches = executor, schedule, batches
         self._weights, self._training = weights, training
-        model = next(iter(executor.chunks.values())).model
-        self._model = model
-        self._weight_gradients: WeightGradients = model.execution.weight_gradients
+        self._model = executor._model
+        self._weight_gradients: WeightGradients = self._model.execution.weight_gradients
         self._given: dict[str, dict[Place, Tensor]] = {"activation": {}, "gradient": {}}
         self._asked: dict[tuple[str, Place], dist.Work] = {}
         self._sent: list[tuple[dist.Work, Tensor]] = []

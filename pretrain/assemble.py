@@ -10,6 +10,7 @@ import torch
 
 from data.errors import DataError
 from data.stream import SampleStream, open_stream
+from model.fp8 import Fp8Config, parts_in_fp8
 from model.transformer import Transformer
 from parallel.build import build_executor, build_model, shared_parameters
 from parallel.executor import Executor
@@ -70,7 +71,9 @@ def assemble(config: Config, place: Place, stream: SampleStream) -> Assembly:
     torch.manual_seed(config.run.seed)
     parallel = config.parallel
     mesh = make_mesh(parallel.mesh_shape(place.world_size, node_size=place.node_size))
-    model = build_model(config.model, parallel, mesh, seed=config.run.seed, device=place.device)
+    model = build_model(
+        config.model, parallel, mesh, seed=config.run.seed, device=place.device, fp8=_fp8(config, place)
+    )
     optimizer = make_optimizer(
         model,
         mesh=mesh,
@@ -82,6 +85,15 @@ def assemble(config: Config, place: Place, stream: SampleStream) -> Assembly:
     )
     executor = build_executor(model, parallel, mesh, defers=optimizer.defers_weight_gradients)
     return Assembly(config, place, mesh, config.full_timeline, stream, model, optimizer, executor)
+
+
+def _fp8(config: Config, place: Place) -> Fp8Config:
+    return Fp8Config(
+        recipe=config.precision.fp8,
+        power_of_two=config.precision.fp8_power_of_two,
+        parts=parts_in_fp8(place.device.type),
+        keeps_weights=config.parallel.zero_stage < 3,
+    )
 
 
 def _check_sizes(config: Config, place: Place) -> None:

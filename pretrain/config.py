@@ -88,10 +88,21 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionConfig:
-    """`[precision]`: the dtype of weights and activations; masters, moments and gradient sums are always fp32."""
+    """`[precision]`: the dtype of weights and activations; masters, moments and gradient sums are always fp32. With
+    `fp8` the operands of most products are rounded to 8 bits: with a scale for every tile of a tensor ("block", the
+    report's), for every tensor ("current"), or for every tensor from the steps before ("delayed"). The scales of tiles
+    are powers of two unless `fp8_power_of_two` is false."""
 
     dtype: Literal["bf16", "fp32"] = "bf16"
-    fp8: Literal["off"] = "off"
+    fp8: Literal["off", "block", "current", "delayed"] = "off"
+    fp8_power_of_two: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.fp8_power_of_two and self.fp8 != "block":
+            raise ValueError(
+                f'fp8_power_of_two = false has no effect with fp8 = "{self.fp8}", whose scales are no powers of two; '
+                "remove it"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +120,8 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
-    """`[logging]`: a line in the log every `every` steps; the load of each expert every `expert_load_every` steps.
+    """`[logging]`: a line in the log every `every` steps; the load of each expert every `expert_load_every` steps; what
+    rounding to FP8 did every `fp8_every` steps (0: never).
 
     `peak_tflops` is what one device can do in the run's precision, for `mfu`; 0 takes the known figure of the device.
     Known are the dense bf16 peaks of a few; in fp32, and on other devices, `mfu` is null without a figure of your own.
@@ -125,6 +137,7 @@ class LoggingConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1 step")
         if self.peak_tflops < 0:
+    fp8_every: int = 100
             raise ValueError(f"peak_tflops = {self.peak_tflops} must not be negative; 0 takes the known figure")
 
 
@@ -132,6 +145,8 @@ class LoggingConfig:
 class Config:
     """A whole configuration; its fields are the tables of the file."""
 
+        if self.fp8_every < 0:
+            raise ValueError(f"fp8_every = {self.fp8_every} must not be negative; 0 is never")
     run: RunConfig
     model: ModelConfig
     data: DataConfig

@@ -64,7 +64,13 @@ def _loop(run: Assembly, state: TrainState, held_out: HeldOut | None, recorder: 
     ) as batches:
         for batch in batches:
             values = run.timeline.at(state.tokens)
-            result = train_step(run, batch, values, stop_requested=stop.requested)
+            result = train_step(
+                run,
+                batch,
+                values,
+                stop_requested=stop.requested,
+                monitors_fp8=monitors_fp8(run.config, state.step + 1),
+            )
             position = batch.spec.position
             state = TrainState(state.step, state.tokens, position, state.skipped).after(
                 batch.spec.batch_size, skipped=result.skipped
@@ -163,10 +169,17 @@ class _Meter:
             "data_position": state.position.sample,
             "skipped": state.skipped,
         }
+        metrics.update(result.fp8)
         if state.step % self._run.config.logging.expert_load_every == 0:
             layers = map(str, model.moe_layers)
             metrics["expert_load"] = dict(zip(layers, result.load.tolist(), strict=True))
         return metrics
+
+
+def monitors_fp8(config: Config, step: int) -> bool:
+    """Whether metrics of FP8 are wanted for a step, counted from 1."""
+    every = config.logging.fp8_every
+    return config.precision.fp8 != "off" and every > 0 and step % every == 0
 
 
 def _save(run: Assembly, state: TrainState, recorder: Recorder) -> int:

@@ -2,16 +2,18 @@
 
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from data.stream import DataPosition
+from model.fp8 import AMAX_HISTORY, Quantizer, quantizers
 from model.router import BIAS_NAME
 from parallel.launch import gather_texts
+from parallel.optimizer import global_place
 from pretrain.assemble import Assembly, failing_together
 from pretrain.checkpoint import (
     CheckpointReader,
@@ -124,6 +126,9 @@ def _tensors_to_save(run: Assembly) -> dict[str, Tensor]:
     if any(ranks[0] == run.place.rank for ranks in run.mesh.shape.replicas()):
         for name, buffer in _expert_biases(run).items():
             tensors[f"buffer/{name}@0"] = buffer
+    for history in _fp8_histories(run):
+        if history.owned:
+            tensors[f"fp8/{history.name}@{history.start}"] = history.tensor.flatten()
     return tensors
 
 
@@ -134,6 +139,12 @@ def _load_tensors(run: Assembly, reader: CheckpointReader, *, updates: int) -> N
     run.optimizer.refresh_weights(updates)
     for name, buffer in _expert_biases(run).items():
         buffer.copy_(reader.range(f"buffer/{name}", 0, buffer.numel()))
+    for history in _fp8_histories(run):
+        # A run may have begun without.
+        if history.name in reader.keys("fp8"):
+            saved = reader.range(f"fp8/{history.name}", history.start, history.tensor.numel())
+            history.tensor.copy_(saved.view_as(history.tensor))
+            history.quantizer.has_history = True
     for name in _random_states(run):
         generator_state = reader.tensor(f"rng/{name}")
         if generator_state is not None:
@@ -142,6 +153,27 @@ def _load_tensors(run: Assembly, reader: CheckpointReader, *, updates: int) -> N
 
 def _expert_biases(run: Assembly) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in run.model.named_buffers() if name.endswith(BIAS_NAME)}
+
+
+class _History(NamedTuple):
+    """The history of a product's delayed scales, [experts or 1, kinds, steps]: this rank's part of it begins at `start`
+    of the whole flattened. Of equal parts on several ranks, one is `owned`."""
+
+    name: str
+    quantizer: Quantizer
+    tensor: Tensor
+    start: int
+    owned: bool
+
+
+def _fp8_histories(run: Assembly) -> Iterator[_History]:
+    shape, rank = run.mesh.shape, run.place.rank
+    for name, quantizer in quantizers(run.model).items():
+        if quantizer.config.recipe == "delayed":
+            partition = shape.expert_replicas() if quantizer.of_experts else shape.replicas()
+            start, _ = global_place(name, tuple(quantizer.amax_history.shape), run.mesh)
+            owned = any(min(ranks) == rank for ranks in partition)
+            yield _History(f"{name}.{AMAX_HISTORY}", quantizer, quantizer.amax_history, start, owned)
 
 
 def _random_states(run: Assembly) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
 """One optimizer step: the pipeline over micro-batches, one sum over ranks, ZeRO's step, the experts' bias."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from data.loader import Batch
 from model.router import update_bias
 from parallel.chunk import LossWeights, MicroBatch
 from parallel.launch import sum_over_processes
+from parallel.precision import end_fp8_step, fp8_metrics
 from pretrain.assemble import Assembly
 from pretrain.timeline import TimelineValues
 
@@ -20,7 +22,7 @@ class StepResult:
 
     `loss` is lm_loss + mtp_weight · mtp_loss + aux_loss_alpha · balance_loss; `load` [MoE layers, E] counts tokens;
     `skipped` says that the gradient was not finite and nothing was changed; `stop_requested` that a rank was asked to
-    stop.
+    stop; `fp8` are the metrics of `fp8_metrics`, if the step was watched.
     """
 
     loss: float
@@ -31,11 +33,18 @@ class StepResult:
     load: Tensor
     skipped: bool
     stop_requested: bool
+    fp8: Mapping[str, float] = field(default_factory=dict)
 
 
-def train_step(run: Assembly, batch: Batch, values: TimelineValues, *, stop_requested: bool) -> StepResult:
-    """Runs one step over this rank's part of a batch."""
+def train_step(
+    run: Assembly, batch: Batch, values: TimelineValues, *, stop_requested: bool, monitors_fp8: bool = False
+) -> StepResult:
+    """Runs one step over this rank's part of a batch; with `monitors_fp8`, watching what is rounded."""
+    monitor = run.model.execution.fp8.monitor
+    monitor.active = monitors_fp8
     sums, load = _accumulate_gradients(run, batch, values)
+    end_fp8_step(run.model, run.mesh)
+    fp8 = fp8_metrics(monitor, run.mesh, run.place.device) if monitors_fp8 else {}
     totals = torch.cat((sums, sums.new_tensor([stop_requested]), load.flatten().to(sums.dtype)))
     totals = sum_over_processes(totals).cpu()
     lm_loss, mtp_loss, balance_loss, stops = totals[:4].tolist()
@@ -55,6 +64,7 @@ def train_step(run: Assembly, batch: Batch, values: TimelineValues, *, stop_requ
         load=total_load.to(torch.int64),
         skipped=not updated,
         stop_requested=stops > 0,
+        fp8=fp8,
     )
 
 
