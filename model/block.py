@@ -15,7 +15,7 @@ from model.experts import RoutedExperts, RoutedRows, SwiGLU
 from model.linear import Linear
 from model.norm import RMSNorm
 from model.recompute import Execution
-from model.router import Gate, Route, count_load, sequence_balance_loss
+from model.router import Gate, Route
 
 
 class RouterStats(NamedTuple):
@@ -97,12 +97,8 @@ class Block(nn.Module):
         self._recompute.remember("norms", normed, self.post_attention_layernorm, residual)
         if not isinstance(self.mlp, MixtureOfExperts):
             return Attended(residual, normed, None, None)
-        route = self.mlp.gate(normed.flatten(0, 1))
-        scores = route.scores.view(*normed.shape[:2], -1)
-        balance_loss = sequence_balance_loss(scores, num_chosen=self.config.num_experts_per_tok, parts=context.parts)
-        with torch.no_grad():
-            load = count_load(route.experts, self.config.n_routed_experts)
-        return Attended(residual, normed, route, RouterStats(balance_loss, load))
+        route = self.mlp.gate(normed, context.parts)
+        return Attended(residual, normed, route, RouterStats(route.balance_loss, route.load))
 
     def shared(self, normed: Tensor) -> Tensor | None:
         """What every token gets from the second half: the dense MLP or the shared experts, [B, S, D], if there are

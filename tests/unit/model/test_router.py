@@ -11,7 +11,7 @@ from support import small_model
 from torch import Tensor
 
 from model import router
-from model.router import Gate, choose_experts, count_load, sequence_balance_loss, update_bias
+from model.router import Gate, choose_experts, sequence_balance_loss, update_bias
 
 torch.set_num_threads(1)
 
@@ -97,8 +97,9 @@ def random_input(num_tokens: int, *, seed: int = 1) -> Tensor:
 @pytest.mark.parametrize("scoring_func", ["sigmoid", "softmax"])
 def test_gate_against_plain_loops(scoring_func: str) -> None:
     gate, x = make_gate(scoring_func), random_input(20)
-    route = gate(x)
+    route = gate(x.view(2, 10, -1))
     assert route.weights.dtype == torch.float32
+    load, all_scores = [0] * 8, []
     for token in range(20):
         logits = [float(x[token].double() @ gate.weight[expert].detach().double()) for expert in range(8)]
         if scoring_func == "sigmoid":
@@ -110,24 +111,29 @@ def test_gate_against_plain_loops(scoring_func: str) -> None:
         total = sum(scores[expert] for expert in chosen) if scoring_func == "sigmoid" else 1.0
         weights = [2.5 * scores[expert] / total for expert in chosen]
         assert route.experts[token].tolist() == chosen
-        torch.testing.assert_close(route.scores[token], torch.tensor(scores), atol=1e-6, rtol=0)
         torch.testing.assert_close(route.weights[token], torch.tensor(weights), atol=1e-6, rtol=0)
+        all_scores.append(scores)
+        for expert in chosen:
+            load[expert] += 1
+    assert route.load.tolist() == load
+    expected_loss = reference_balance_loss(torch.tensor(all_scores).view(2, 10, 8), 2)
+    torch.testing.assert_close(route.balance_loss, expected_loss, atol=1e-6, rtol=0)
 
 
 def test_weights_sum_to_the_scaling_factor() -> None:
-    torch.testing.assert_close(make_gate()(random_input(50)).weights.sum(-1), torch.full((50,), 2.5))
+    torch.testing.assert_close(make_gate()(random_input(50)[None]).weights.sum(-1), torch.full((50,), 2.5))
 
 
 def test_bias_steers_the_choice_but_not_the_weights() -> None:
     gate, x = make_gate(), random_input(50)
     gate.e_score_correction_bias.zero_()
-    plain = gate(x)
+    plain = gate(x[None])
     gate.e_score_correction_bias[5] = 10.0
-    steered = gate(x)
+    steered = gate(x[None])
     assert (steered.experts == 5).any(-1).all()
     assert not (plain.experts == 5).any(-1).all()
-    assert torch.equal(plain.scores, steered.scores)
-    unbiased = plain.scores.gather(-1, steered.experts)
+    assert torch.equal(plain.balance_loss, steered.balance_loss)
+    unbiased = (x @ gate.weight.t()).sigmoid().gather(-1, steered.experts)
     torch.testing.assert_close(steered.weights, 2.5 * unbiased / unbiased.sum(-1, keepdim=True))
 
 
@@ -137,8 +143,8 @@ def test_gradient_does_not_know_the_bias() -> None:
     for shift in (0.0, 0.75):  # the same for all experts: the same choice
         gate.e_score_correction_bias.fill_(shift)
         gate.zero_grad()
-        route = gate(x)
-        (route.weights.square().sum() + sequence_balance_loss(route.scores[None], num_chosen=2)).backward()
+        route = gate(x[None])
+        (route.weights.square().sum() + route.balance_loss).backward()
         routes.append(route.experts)
         gradients.append(gate.weight.grad.clone())
     assert torch.equal(*routes)
@@ -154,7 +160,42 @@ def test_gate_scores_in_fp32_whatever_the_input() -> None:
     exact = Gate(gate.config)
     exact.weight.data = gate.weight.data.float()
     exact.e_score_correction_bias.copy_(gate.e_score_correction_bias)
-    assert torch.equal(gate(x).weights, exact(x.float()).weights)
+    assert torch.equal(gate(x[None]).weights, exact(x[None].float()).weights)
+
+
+def test_gradients_in_bf16_are_those_of_fp32_rounded_once() -> None:
+    gate, x = make_gate().bfloat16(), random_input(30).bfloat16()[None].requires_grad_()
+    gate.e_score_correction_bias = gate.e_score_correction_bias.float()
+    exact, exact_x = Gate(gate.config), x.detach().float().requires_grad_()
+    exact.weight.data = gate.weight.data.float()
+    exact.e_score_correction_bias.copy_(gate.e_score_correction_bias)
+    for module, inputs in ((gate, x), (exact, exact_x)):
+        route = module(inputs)
+        (route.weights.square().sum() + route.balance_loss).backward()
+    assert torch.equal(x.grad, exact_x.grad.bfloat16())
+    assert torch.equal(gate.weight.grad, exact.weight.grad.bfloat16())
+
+
+class Part:
+    """One of two processes; what they have to sum is worked out before."""
+
+    size = 2
+
+    def __init__(self, place: int, total: Tensor) -> None:
+        self.place = place
+        self._total = total
+
+    def sum(self, counts: Tensor) -> Tensor:
+        assert (counts <= self._total).all()
+        return self._total
+
+
+def test_the_balance_loss_of_a_sequence_is_the_mean_over_its_parts() -> None:
+    gate, x = make_gate(), random_input(40).view(2, 20, 32)
+    best = (x @ gate.weight.t()).sigmoid().topk(2).indices
+    total = torch.zeros(2, 8).scatter_add_(1, best.flatten(1), torch.ones(2, 40))
+    losses = [gate(half, Part(place, total)).balance_loss for place, half in enumerate(x.chunk(2, dim=1))]
+    torch.testing.assert_close(torch.stack(losses).mean(), gate(x).balance_loss)
 
 
 @settings(max_examples=50, deadline=None)
@@ -222,14 +263,14 @@ def test_thousand_bias_updates_balance_a_skewed_router() -> None:
     gate.weight.data = torch.randn(16, 32, generator=generator) * 0.05
     gate.weight.data[:, 0] += torch.linspace(-1.0, 1.0, 16)  # the first input is always 1: a liking of its own
     probe = random_input(64)
-    gate(probe).weights.square().sum().backward()
+    gate(probe[None]).weights.square().sum().backward()
     gradient = gate.weight.grad.clone()
 
     violations = []
     for _ in range(1000):
         x = torch.randn(512, 32, generator=generator)
         x[:, 0] = 1.0
-        load = count_load(gate(x).experts, 16)
+        load = gate(x[None]).load
         violations.append(float(load.max() / load.float().mean() - 1))
         update_bias(gate.e_score_correction_bias, load, 0.001)
     assert violations[0] > 2
