@@ -115,13 +115,14 @@ def _backward_kernel(
         dy = tl.load(grad + row[:, None] * grad_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
         value = tl.load(x + row[:, None] * x_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
         factor = tl.load(rstd + row, mask=row < num_rows, other=0.0)
+        if ADDS:
+            other = tl.load(added + row[:, None] * added_stride + column[None, :], mask=mask, other=0.0)
         normal = value * factor[:, None]
         total += dy * normal
         inner = dy * scale[None, :]
         mean = tl.sum(inner * normal, axis=1) / SIZE
         result = (inner - normal * mean[:, None]) * factor[:, None]
         if ADDS:
-            other = tl.load(added + row[:, None] * added_stride + column[None, :], mask=mask, other=0.0)
             result += other.to(tl.float32)
         tl.store(grad_x + row[:, None] * SIZE + column[None, :], result, mask=mask)
     tl.store(sums + tl.program_id(0) * SIZE + column, tl.sum(total, axis=0), mask=column < SIZE)
