@@ -36,23 +36,31 @@ _NOT_YET = {
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """`[run]`: the run's folder is `dir`/`name`. `deterministic` makes GPU kernels repeat their bits, at a price."""
+    """`[run]`: the run's folder is `dir`/`name`. `seed` chooses the order of samples and the initial weights;
+    `init_seed`, if given, the weights alone. `deterministic` makes GPU kernels repeat their bits, at a price."""
 
     name: str
     dir: str = "runs"
     seed: int = 0
+    init_seed: int | None = None
     deterministic: bool = False
 
     def __post_init__(self) -> None:
         if not self.name or self.name in (".", "..") or "/" in self.name or "\\" in self.name:
             raise ValueError(f"name = {self.name!r} must be a plain folder name; the folder above it is run.dir")
-        if not 0 <= self.seed < 1 << 63:
-            raise ValueError(f"seed = {self.seed} must lie between 0 and 2^63 - 1")
+        for name in ("seed", "init_seed"):
+            if not 0 <= (getattr(self, name) or 0) < 1 << 63:
+                raise ValueError(f"{name} = {getattr(self, name)} must lie between 0 and 2^63 - 1")
 
     @property
     def folder(self) -> Path:
         """Where everything of this run lies."""
         return Path(self.dir) / self.name
+
+    @property
+    def weights_seed(self) -> int:
+        """What chooses the initial weights."""
+        return self.seed if self.init_seed is None else self.init_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +137,7 @@ class LoggingConfig:
 
     every: int = 10
     expert_load_every: int = 10
+    fp8_every: int = 100
     tensorboard: bool = True
     peak_tflops: float = 0.0
 
@@ -136,8 +145,9 @@ class LoggingConfig:
         for name in ("every", "expert_load_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1 step")
+        if self.fp8_every < 0:
+            raise ValueError(f"fp8_every = {self.fp8_every} must not be negative; 0 is never")
         if self.peak_tflops < 0:
-    fp8_every: int = 100
             raise ValueError(f"peak_tflops = {self.peak_tflops} must not be negative; 0 takes the known figure")
 
 
@@ -145,8 +155,6 @@ class LoggingConfig:
 class Config:
     """A whole configuration; its fields are the tables of the file."""
 
-        if self.fp8_every < 0:
-            raise ValueError(f"fp8_every = {self.fp8_every} must not be negative; 0 is never")
     run: RunConfig
     model: ModelConfig
     data: DataConfig
