@@ -72,7 +72,7 @@ def assemble(config: Config, place: Place, stream: SampleStream) -> Assembly:
     parallel = config.parallel
     mesh = make_mesh(parallel.mesh_shape(place.world_size, node_size=place.node_size))
     model = build_model(
-        config.model, parallel, mesh, seed=config.run.seed, device=place.device, fp8=_fp8(config, place)
+        config.model, parallel, mesh, seed=config.run.weights_seed, device=place.device, fp8=_fp8(config, place)
     )
     optimizer = make_optimizer(
         model,
