@@ -94,7 +94,10 @@ class _Heartbeat:
 
     def __init__(self, place: Place, pace: Pace) -> None:
         self._rank, self._num_ranks, self._pace = place.rank, place.world_size, pace
-        self._store = dist.PrefixStore("heartbeat", _get_default_store().clone())  # type: ignore[attr-defined]
+        store = _get_default_store().clone()  # type: ignore[attr-defined]
+        # A group may watch more than one block, one after another; what was said about the last must not count again.
+        number = store.add(f"heartbeat/blocks of rank {place.rank}", 1)
+        self._store = dist.PrefixStore(f"heartbeat/{number}", store)
         # torchrun keeps the store itself; else the process of rank 0 does.
         self._keeps_store = place.is_first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         steps = range(1, min(NUM_WATCHED + 1, place.world_size))

@@ -15,8 +15,8 @@ Number = TypeVar("Number", int, float)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status: 0 done, 2 a mistake of the user's, 75 stopped early with a checkpoint
-    written, 76 another rank was lost, 130 interrupted without one."""
+    """Runs a command and returns its exit status: 0 done, 2 a mistake of the user's, 3 a gap that is not within its
+    limit, 75 stopped early with a checkpoint written, 76 another rank was lost, 130 interrupted without one."""
     arguments = build_parser().parse_args(argv)
     from data.errors import DataError
     from parallel.launch import LaunchError
@@ -59,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train_and_plan(commands)
+    _add_compare(commands)
     _add_exchange(commands)
     _add_inference(commands)
     return parser
@@ -88,6 +89,52 @@ def _add_train_and_plan(commands: "argparse._SubParsersAction[argparse.ArgumentP
     )
     report = _add(commands, "report", "write RUN/report.html, a page of plots", "python -m pretrain report runs/tiny")
     report.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+
+
+def _add_compare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    compare = _add(
+        commands,
+        "compare",
+        "train two configurations on the same samples and judge the gap between their losses",
+        "python -m pretrain compare configs/small.toml configs/small.toml --set-b precision.dtype=fp32 --steps 1000",
+    )
+    compare.description = (
+        "Trains A and B on the same samples, one after another, and compares the losses of their last fifth, "
+        "(B - A) / A. The same command goes on after a stop, and does not train again what is complete."
+    )
+    compare.epilog = (
+        f"exit status: 0 if gap and noise together are below the limit; 3 if not, or if a loss is not finite; else as "
+        f"of train. {compare.epilog}"
+    )
+    for name in ("a", "b"):
+        compare.add_argument(
+            name, type=Path, metavar=f"{name.upper()}.toml", help="a configuration, or the folder of a run to reuse"
+        )
+    compare.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a key of both, such as data.fim_rate=0",
+    )
+    compare.add_argument("--set-b", action="append", default=[], metavar="KEY=VALUE", help="override a key of B only")
+    compare.add_argument("--steps", type=_whole(1), metavar="N", help="train and compare so many steps")
+    compare.add_argument(
+        "--limit",
+        type=_number(float, lambda value: 0 < value < math.inf, "a number above 0"),
+        default=0.25,
+        metavar="PERCENT",
+        help="the largest gap, noise included, that is good enough (default: 0.25)",
+    )
+    compare.add_argument(
+        "--seeds",
+        type=_whole(0),
+        default=0,
+        metavar="K",
+        help="also train A with K other initial weights: the gap that chance alone makes (default: 0)",
+    )
+    compare.add_argument("--out", type=Path, metavar="DIR", help="where all of it goes (default: runs/compare-A-B)")
+    compare.add_argument("--only-report", action="store_true", help="train nothing; compare what is there")
 
 
 def _add_exchange(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -38,6 +38,35 @@ def plan(arguments: Namespace) -> int:
     return DONE
 
 
+def compare(arguments: Namespace) -> int:
+    """`compare A B`."""
+    from pretrain.compare import plan_comparison, report_gap, report_together, train_runs
+
+    place = find_place()
+    comparison = plan_comparison(
+        (arguments.a, arguments.b),
+        overrides=arguments.set,
+        overrides_b=arguments.set_b,
+        steps=arguments.steps,
+        num_seeds=arguments.seeds,
+        out=arguments.out,
+        limit=arguments.limit / 100,
+    )
+    if arguments.only_report or not comparison.trained:
+        return report_gap(comparison) if place.is_first else DONE
+    for side in comparison.trained:
+        check_layout(side.config, place.world_size)
+    load_deepspeed()
+    join_processes(place)
+    try:
+        finished = train_runs(comparison, place)
+    except LostRankError as error:
+        end_process(error, place.rank)
+    status = report_together(comparison, place) if finished else STOPPED_EARLY
+    leave_processes()
+    return status
+
+
 def report(arguments: Namespace) -> int:
     """`report RUN`."""
     from pretrain.report import write_report

@@ -51,17 +51,20 @@ _SETTINGS: Any = {
 
 @dataclass(frozen=True)
 class Line:
-    """One value over the run. `points` draws marks, for values that are rare."""
+    """One value over the run. `points` draws marks, for values that are rare. Around the line lies the spread of the
+    values drawn as one, or the `band` between two columns, if given. A `faint` line is a background for others."""
 
     label: str
     values: Column
     points: bool = False
+    band: tuple[Column, Column] | None = None
+    faint: bool = False
 
 
 @dataclass(frozen=True)
 class Panel:
     """A plot of lines over the same axis; `whole` says that they count something. `limit` is a level worth showing, and
-    what it is."""
+    what it is; `mirrored` shows it below 0 too. `y_range` bounds what is shown. The legend is a column, or a row."""
 
     title: str
     lines: Sequence[Line]
@@ -69,6 +72,9 @@ class Panel:
     from_zero: bool = False
     whole: bool = False
     limit: tuple[float, str] | None = None
+    mirrored: bool = False
+    y_range: tuple[float, float] | None = None
+    legend_in_row: bool = False
 
 
 def draw_panels(tokens: Column, panels: Sequence[Panel]) -> str:
@@ -100,10 +106,16 @@ def _draw_panel(axes: Axes, tokens: Column, panel: Panel) -> None:
             axes.plot(x, mean, color=color, marker="o", markersize=4, linewidth=1, label=line.label)
         else:
             x, mean, low, high = thin_out(tokens, line.values)
-            axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
-            axes.plot(x, mean, color=color, linestyle=style, linewidth=1.6, label=line.label)
+            if line.band:
+                low, high = (thin_out(tokens, edge)[1] for edge in line.band)
+            opacity, width = (0.35, 0.8) if line.faint else (1.0, 1.6)
+            axes.fill_between(x, low, high, color=color, alpha=0.2 * opacity, linewidth=0)
+            axes.plot(x, mean, color=color, linestyle=style, linewidth=width, alpha=opacity, label=line.label)
     if panel.limit:
-        axes.axhline(panel.limit[0], color=_INK, linewidth=0.8, linestyle=(0, (3, 3)), label=panel.limit[1])
+        level, label = panel.limit
+        axes.axhline(level, color=_INK, linewidth=0.8, linestyle=(0, (3, 3)), label=label)
+        if panel.mirrored:
+            axes.axhline(-level, color=_INK, linewidth=0.8, linestyle=(0, (3, 3)))
     _dress(axes, panel)
 
 
@@ -120,11 +132,15 @@ def _dress(axes: Axes, panel: Panel) -> None:
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=panel.whole))
     axes.yaxis.set_major_formatter(FuncFormatter(_tick))
     axes.tick_params(which="both", length=0)
+    if panel.y_range:
+        axes.set_ylim(panel.y_range)
     if panel.from_zero:
         top = max(axes.get_ylim()[1], 1.05 if panel.whole else 0.0)
         axes.set_ylim(-0.03 * top, top)
-    if len(axes.get_legend_handles_labels()[0]) > 1:
-        axes.legend(frameon=False, fontsize=9, loc="best")
+    count = len(axes.get_legend_handles_labels()[0])
+    if count > 1:
+        columns = count if panel.legend_in_row else 1
+        axes.legend(frameon=False, fontsize=9, loc="best", ncols=columns, columnspacing=1.2)
 
 
 def _tick(value: float, _position: int) -> str:

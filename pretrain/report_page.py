@@ -8,13 +8,16 @@ Facts = Sequence[tuple[str, str]]
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
-_STYLE = """
+_COLORS = """
 :root { color-scheme: light dark;
   --page: #f6f7f9; --card: #ffffff; --ink: #1c2430; --faint: #5c6776; --grid: #d5dae1;
   --line-1: #0072b2; --line-2: #c1500a; --line-3: #00795a; }
 @media (prefers-color-scheme: dark) { :root {
   --page: #11151b; --card: #1a2029; --ink: #e4e9f0; --faint: #9aa6b5; --grid: #39434f;
   --line-1: #56b4e9; --line-2: #f0a202; --line-3: #3fc79a; } }
+"""
+
+_STYLE = """\
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
@@ -60,7 +63,15 @@ class Card:
     note: str = ""
 
 
-def page(*, title: str, subtitle: str, tiles: Facts, cards: Sequence[Card], config_text: str) -> str:
+def page(
+    *,
+    title: str,
+    subtitle: str,
+    tiles: Facts,
+    cards: Sequence[Card],
+    config_text: str,
+    kind: str = "Training report",
+) -> str:
     """The whole file. All texts are escaped here; only pictures are markup already."""
     return f"""<!doctype html>
 <html lang="en">
@@ -68,13 +79,13 @@ def page(*, title: str, subtitle: str, tiles: Facts, cards: Sequence[Card], conf
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{_POLICY}">
-<title>{escape(title)} · training report</title>
-<style>{_STYLE}</style>
+<title>{escape(title)} · {escape(kind.lower())}</title>
+<style>{_COLORS}{_STYLE}</style>
 </head>
 <body>
 <main>
 <header>
-<p>Training report</p>
+<p>{escape(kind)}</p>
 <h1>{escape(title)}</h1>
 <p>{escape(subtitle)}</p>
 </header>
@@ -90,6 +101,13 @@ def page(*, title: str, subtitle: str, tiles: Facts, cards: Sequence[Card], conf
 </body>
 </html>
 """
+
+
+def image_file(picture: str) -> str:
+    """An `svg` element as a file of its own, for other documents, in the page's colours for light and dark."""
+    style = f"{_COLORS}svg {{ background: var(--card); }} text {{ font-family: system-ui, sans-serif !important; }}"
+    head, _, body = picture.partition(">")
+    return f'{head} xmlns="http://www.w3.org/2000/svg"><style>{style}</style>{body}\n'
 
 
 def heat_maps(pictures: Sequence[tuple[str, str]], scale: str) -> str:
