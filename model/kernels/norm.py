@@ -45,9 +45,11 @@ def rms_norm_backward(
     sums = torch.empty(num_programs, size, dtype=torch.float32, device=x.device)
     _backward_kernel[(num_programs,)](
         grad, x, weight, rstd, added, grad_x, sums, num_rows, grad.stride(0), x.stride(0), added.stride(0),
-        SIZE=size, ADDS=grad_residual is not None, ROWS=rows, BLOCK=block, num_warps=num_warps,
+        SIZE=size, ADDS=grad_residual is not None, STAGES=2, ROWS=rows, BLOCK=block, num_warps=num_warps,
     )  # fmt: skip
-    return grad_x, sums.sum(0)
+    grad_weight = torch.empty_like(sums[0])
+    _sum_kernel[(triton.cdiv(size, 16),)](sums, grad_weight, num_programs, SIZE=size, ROWS=128, BLOCK=16, num_warps=8)
+    return grad_x, grad_weight
 
 
 def _normalise(x: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,12 +106,12 @@ def _backward_kernel(
     grad: tl.tensor, x: tl.tensor, weight: tl.tensor, rstd: tl.tensor, added: tl.tensor, grad_x: tl.tensor,
     sums: tl.tensor,
     num_rows: tl.tensor, grad_stride: tl.tensor, x_stride: tl.tensor, added_stride: tl.tensor,
-    SIZE: tl.constexpr, ADDS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    SIZE: tl.constexpr, ADDS: tl.constexpr, STAGES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     column = tl.arange(0, BLOCK)
     scale = tl.load(weight + column, mask=column < SIZE, other=0.0).to(tl.float32)
     total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
-    for start in range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS):
+    for start in tl.range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
         row = start + tl.arange(0, ROWS).to(tl.int64)
         mask = (row < num_rows)[:, None] & (column < SIZE)[None, :]
         dy = tl.load(grad + row[:, None] * grad_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -126,3 +128,17 @@ def _backward_kernel(
             result += other.to(tl.float32)
         tl.store(grad_x + row[:, None] * SIZE + column[None, :], result, mask=mask)
     tl.store(sums + tl.program_id(0) * SIZE + column, tl.sum(total, axis=0), mask=column < SIZE)
+
+
+@triton.jit(do_not_specialize=["num_sums"])
+def _sum_kernel(
+    sums: tl.tensor, result: tl.tensor, num_sums: tl.tensor,
+    SIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    for start in range(0, num_sums, ROWS):
+        row = start + tl.arange(0, ROWS)
+        mask = (row < num_sums)[:, None] & (column < SIZE)[None, :]
+        total += tl.load(sums + row[:, None] * SIZE + column[None, :], mask=mask, other=0.0)
+    tl.store(result + column, tl.sum(total, axis=0), mask=column < SIZE)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 256  # choices in a block of the sort
+BLOCK = 128  # choices in a block of the sort
 COLUMNS = 2048  # of rows that a program sums, at most
 
 
@@ -44,7 +44,7 @@ def count_and_place(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, 
     experts = experts.contiguous()
     num_blocks = triton.cdiv(num_choices, BLOCK)
     in_blocks = torch.zeros((num_experts + 1) * num_blocks, dtype=torch.int32, device=device)
-    _rank_kernel[(num_blocks,)](experts, places, in_blocks, num_choices, num_blocks, BLOCK=BLOCK, PART=16, num_warps=4)
+    _rank_kernel[(num_blocks,)](experts, places, in_blocks, num_choices, num_blocks, BLOCK=BLOCK, num_warps=4)
     ends = in_blocks.cumsum(0, dtype=torch.int32)
     _place_kernel[(max(num_blocks, triton.cdiv(num_experts, BLOCK)),)](
         experts, places, order, counts, in_blocks, ends, num_choices, num_blocks, num_experts, BLOCK=BLOCK, num_warps=4
@@ -74,20 +74,16 @@ def _sum_kernel(
 @triton.jit(do_not_specialize=["num_choices", "num_blocks"])
 def _rank_kernel(
     experts: tl.tensor, ranks: tl.tensor, in_blocks: tl.tensor, num_choices: tl.tensor, num_blocks: tl.tensor,
-    BLOCK: tl.constexpr, PART: tl.constexpr,
+    BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     """Ranks [N] within blocks, and the counts [E + 1, blocks] of experts that are there, the others being zero."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     mine = tl.arange(0, BLOCK)
     expert = tl.load(experts + start + mine, mask=start + mine < num_choices, other=-1).to(tl.int32)
-    rank = tl.zeros((BLOCK,), dtype=tl.int32)
-    count = tl.zeros((BLOCK,), dtype=tl.int32)
-    for part in range(0, BLOCK, PART):
-        other = part + tl.arange(0, PART)
-        its = tl.load(experts + start + other, mask=start + other < num_choices, other=-1).to(tl.int32)
-        same = (expert[:, None] == its[None, :]).to(tl.int32)
-        count += tl.sum(same, axis=1)
-        rank += tl.sum(same * (other[None, :] < mine[:, None]).to(tl.int32), axis=1)
+    # Each thread has a column of the comparison, so its sums are its own.
+    same = expert[:, None] == expert[None, :]
+    count = tl.sum(same.to(tl.int32), axis=0)
+    rank = tl.sum((same & (mine[:, None] < mine[None, :])).to(tl.int32), axis=0)
     real = start + mine < num_choices
     tl.store(ranks + start + mine, rank.to(tl.int64), mask=real)
     tl.store(in_blocks + expert.to(tl.int64) * num_blocks + tl.program_id(0), count, mask=real & (rank == 0))
