@@ -245,7 +245,7 @@ class Quantizer(nn.Module):
         amax = self._largest(x, counts)
         if self.config.recipe == "delayed":
             amax = self._delayed(kind, amax, observed=observed)
-        scale = scale_of(amax, self.config.format(kind), x.dtype, power_of_two=False)
+        scale = scale_of(amax, self.config.format(kind), torch.float32, power_of_two=False)
         if counts is not None:
             scale = scale.repeat_interleave(counts, output_size=len(x))
         scale = scale.view(-1, *[1] * (x.dim() - 1))

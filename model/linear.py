@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.fp8 import Part, Quantizer
+from model.fp8 import SIZE_MULTIPLE, Part, Quantizer
 from model.fp8_products import arithmetic, grouped_operand_dtype
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor, rows: slice | None = None) -> Tensor:
         """[..., in] to [..., out], or with `rows` to those outputs alone."""
-        if self.quantizer is not None:
+        if self.quantizer is not None and _fits(x, rows):
             return self._in_fp8(x, rows, self.quantizer)
         if rows is not None:
             return F.linear(x, self.weight[rows])
@@ -94,6 +94,11 @@ class Linear(nn.Module):
         else:
             out = _Fp8Linear.apply(flat, weight, quantizer, later, len(weight) / len(self.weight))
         return out.unflatten(0, x.shape[:-1])
+
+
+def _fits(x: Tensor, rows: slice | None) -> bool:
+    """Whether there is anything to round, and the slice of a weight has a size that tensor cores can read."""
+    return x.numel() > 0 and (rows is None or (rows.stop - rows.start) % SIZE_MULTIPLE == 0)
 
 
 class _Linear(torch.autograd.Function):

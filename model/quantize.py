@@ -34,7 +34,8 @@ class Quantized(NamedTuple):
 
 def scale_of(amax: Tensor, format: torch.dtype, source: torch.dtype, *, power_of_two: bool) -> Tensor:
     """The scales for the largest magnitudes `amax` (fp32, any shape) of values in dtype `source`."""
-    scale = torch.finfo(format).max / amax
+    # A number divided by a tensor would be the product with a reciprocal, which is rounded twice.
+    scale = torch.full_like(amax, torch.finfo(format).max) / amax
     scale = torch.where(scale.isinf(), torch.finfo(source).max, scale)
     if power_of_two:
         scale = (scale.view(torch.int32) & _EXPONENT_BITS).view(torch.float32)

@@ -64,6 +64,7 @@ def verify_data(stream: SampleStream, place: Place) -> None:
 def assemble(config: Config, place: Place, stream: SampleStream) -> Assembly:
     """Builds model and optimizer. Processes must have been joined. Raises UserError for sizes the device cannot do."""
     _check_sizes(config, place)
+    _check_fp8(config, place)
     if config.run.deterministic:
         # cuBLAS repeats its bits only with a workspace of fixed size.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -94,6 +95,16 @@ def _fp8(config: Config, place: Place) -> Fp8Config:
         parts=parts_in_fp8(place.device.type),
         keeps_weights=config.parallel.zero_stage < 3,
     )
+
+
+def _check_fp8(config: Config, place: Place) -> None:
+    recipe = config.precision.fp8
+    if recipe == "off" or place.device.type != "cuda":
+        return
+    from model.te import reason_against
+
+    if reason := reason_against(recipe):
+        raise UserError(f'precision.fp8 = "{recipe}" is not possible here: {reason}; or set precision.fp8 = "off"')
 
 
 def _check_sizes(config: Config, place: Place) -> None:
