@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 TILE = 2048  # values of a tensor that a program holds at a time, where rows are shorter than that
-MAX_PROGRAMS = 528  # of the gradient: four on each of 132 multiprocessors
+MAX_PROGRAMS = 264  # of the gradient: two on each of 132 multiprocessors
+PREFETCHED_BYTES = 2**14  # longest rows of which the gradient asks for two ahead, so that they fit in shared memory
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -42,10 +43,11 @@ def rms_norm_backward(
         return grad_x, torch.zeros(size, dtype=torch.float32, device=x.device)
     grad, x = (_with_dense_rows(each) for each in (grad, x))
     added = grad if grad_residual is None else _with_dense_rows(grad_residual)
+    stages = 3 if block * x.element_size() <= PREFETCHED_BYTES else 2
     sums = torch.empty(num_programs, size, dtype=torch.float32, device=x.device)
     _backward_kernel[(num_programs,)](
         grad, x, weight, rstd, added, grad_x, sums, num_rows, grad.stride(0), x.stride(0), added.stride(0),
-        SIZE=size, ADDS=grad_residual is not None, STAGES=2, ROWS=rows, BLOCK=block, num_warps=num_warps,
+        SIZE=size, ADDS=grad_residual is not None, STAGES=stages, ROWS=rows, BLOCK=block, num_warps=num_warps,
     )  # fmt: skip
     grad_weight = torch.empty_like(sums[0])
     _sum_kernel[(triton.cdiv(size, 16),)](sums, grad_weight, num_programs, SIZE=size, ROWS=128, BLOCK=16, num_warps=8)

@@ -37,7 +37,7 @@ def make_keys(kv: Tensor, k_rope: Tensor, nope_dim: int) -> Tensor:
         heads, nope_block, rope_block = _head_tile(num_heads, nope_dim, rotary_dim)
         _keys_kernel[(batch * length, triton.cdiv(num_heads, heads))](
             kv, k_rope, keys, length, num_heads, *kv.stride()[:3], *k_rope.stride()[:2],
-            NOPE=nope_dim, ROPE=rotary_dim, HEADS=heads, NOPE_BLOCK=nope_block, ROPE_BLOCK=rope_block, num_warps=4,
+            NOPE=nope_dim, ROPE=rotary_dim, HEADS=heads, NOPE_BLOCK=nope_block, ROPE_BLOCK=rope_block, num_warps=8,
         )  # fmt: skip
     return keys
 
