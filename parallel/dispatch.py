@@ -174,7 +174,7 @@ def _order(goes: Tensor, sizes: Tensor, num_choices: int) -> tuple[Copies, Tenso
     places = number + begins.gather(0, rounds)
     slots = torch.where(goes, places, num_rows)
     if members > num_choices:
-        slots = slots.sort(1).values[:, :num_choices]
+        slots = slots.sort(1).values[:, :num_choices].contiguous()  # without the rest of what was sorted
     members_of_rows = torch.arange(members, device=goes.device).repeat(len(sizes)).repeat_interleave(sizes.flatten())
     return find_copies(slots, num_rows, complete=num_rows == slots.numel()), members_of_rows
 

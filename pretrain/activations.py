@@ -57,7 +57,7 @@ class Activations:
         if is_last:
             # The joined halves are the results of two norms, of which one keeps the embedding.
             sizes["norms"] += self.tokens * ((1 + 3 * depth) * (row + _FP32) + depth * row)
-            sizes["loss"] += self._loss()
+            sizes["loss"] += self.loss()
         if self.masked_documents:
             sizes["attention"] += (1 + self.num_bytes) * self.micro_batch_size * self.seq_len**2
         return sizes
@@ -90,13 +90,15 @@ class Activations:
         return again + experts
 
     def logits(self) -> int:
-        """Bytes of the log-probabilities of a batch, or of the largest piece of it."""
-        return _FP32 * min(self.tokens, LOSS_CHUNK) * self.model.vocab_size
+        """Bytes that last while a loss is made: the logits of a batch or of the largest piece of it and, where pieces
+        are several, the sum of their gradients of the head's weight."""
+        pieces = self.num_bytes * min(self.tokens, LOSS_CHUNK) * self.model.vocab_size
+        return pieces + (_FP32 * self.model.vocab_size * self.model.hidden_size if self.tokens > LOSS_CHUNK else 0)
 
-    def _loss(self) -> int:
-        """Those of every prediction depth; of longer batches, those of the piece that is computed again."""
-        kept = 1 + self.model.num_nextn_predict_layers if self.tokens <= LOSS_CHUNK else 1
-        return kept * self.logits()
+    def loss(self) -> int:
+        """Bytes that losses keep: of every prediction depth the gradients of its states and of the head's weight."""
+        heads = 1 + self.model.num_nextn_predict_layers
+        return heads * self.num_bytes * (self.tokens + self.model.vocab_size) * self.model.hidden_size
 
     def _has(self, part: str) -> bool:
         return part in self.parallel.recompute
@@ -153,11 +155,9 @@ class Activations:
         return (2 if self._has("swiglu") else 3) * self.num_bytes * inner
 
     def _routing(self) -> int:
-        """Affinities and their order over all experts; weights and permutations of the chosen."""
-        model = self.model
-        input_in_fp32 = _FP32 * model.hidden_size if self.num_bytes < _FP32 else 0
+        """Logits or affinities of all experts; weights and permutations of the chosen."""
         per_choice = 2 * _FP32 + 2 * _INT64
-        return input_in_fp32 + (_FP32 + _INT64) * model.n_routed_experts + per_choice * model.num_experts_per_tok
+        return _FP32 * self.model.n_routed_experts + per_choice * self.model.num_experts_per_tok
 
     @cached_property
     def copies(self) -> tuple[float, ...]:
