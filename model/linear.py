@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from model.fp8 import SIZE_MULTIPLE, Part, Quantizer
 from model.fp8_products import arithmetic, grouped_operand_dtype
+from model.products import add_product
 
 if TYPE_CHECKING:
     from model.recompute import Execution
@@ -115,15 +116,26 @@ class _Linear(torch.autograd.Function):
         grad_x = grad @ ctx.weight if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return grad_x, None, None
-        compute = partial(_weight_gradient, grad.flatten(0, -2), x.flatten(0, -2))
+        compute = partial(_weight_gradient, ctx.weight, grad.flatten(0, -2), x.flatten(0, -2))
         if ctx.weight_gradients.deferring:
             ctx.weight_gradients.defer(ctx.weight, compute)
             return grad_x, None, None
         return grad_x, compute(), None
 
 
-def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    return grad.t() @ x
+def _weight_gradient(weight: Tensor, grad: Tensor, x: Tensor) -> Tensor | None:
+    """dyᵀ x; or None, when it has been added to the weight's fp32 sum."""
+    if not _adds_itself(weight, x):
+        return grad.t() @ x
+    marked: Any = weight
+    add_product(marked.main_grad, grad.t(), x, is_first=getattr(weight, "main_grad_is_old", False))
+    marked.main_grad_is_old = False
+    return None
+
+
+def _adds_itself(weight: Tensor, x: Tensor) -> bool:
+    """Whether a product in bf16 can be added to an fp32 sum without being rounded and written first."""
+    return x.is_cuda and x.dtype == torch.bfloat16 and getattr(weight, "main_grad", None) is not None
 
 
 def _multiply_in_fp8(x: Tensor, weight: Tensor, quantizer: Quantizer, *, observed: bool, share: float = 1.0) -> Tensor:
@@ -218,7 +230,7 @@ class _GroupedLinear(torch.autograd.Function):
         grad_rows = _grouped_product(grad, ctx.weight, counts) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return grad_rows, None, None, None
-        compute = partial(_grouped_weight_gradient, grad, rows, counts)
+        compute = partial(_add_grouped_weight_gradient, ctx.weight, grad, rows, counts)
         if ctx.weight_gradients.deferring:
             ctx.weight_gradients.defer(ctx.weight, compute)
             return grad_rows, None, None, None
@@ -293,6 +305,19 @@ def _grouped_product(rows: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
         return torch._grouped_mm(rows, matrices, offs=counts.cumsum(0, dtype=torch.int32))
     parts = rows.split(counts.tolist())
     return torch.cat([part @ matrix for part, matrix in zip(parts, matrices, strict=True)])
+
+
+def _add_grouped_weight_gradient(weight: Tensor, grad: Tensor, rows: Tensor, counts: Tensor) -> Tensor | None:
+    """What `_grouped_weight_gradient` gives; or None, when it has been added to the weight's fp32 sum."""
+    if not _adds_itself(weight, rows):
+        return _grouped_weight_gradient(grad, rows, counts)
+    from model.kernels.grouped import add_weight_gradients
+
+    marked: Any = weight
+    is_first = getattr(weight, "main_grad_is_old", False)
+    add_weight_gradients(marked.main_grad, grad, rows, counts, is_first=is_first)
+    marked.main_grad_is_old = False
+    return None
 
 
 def _grouped_weight_gradient(grad: Tensor, rows: Tensor, counts: Tensor) -> Tensor:

@@ -15,12 +15,13 @@ def product_in_fp32(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b in fp32: [m, n], [m, k] and [k, n]."""
+def add_product(total: Tensor, a: Tensor, b: Tensor, *, is_first: bool = False) -> None:
+    """total += a b in fp32, or total = a b if that is the first: [m, n], [m, k] and [k, n]."""
+    kept = 0 if is_first else 1
     if _is_mixed(a, b):
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+        torch.addmm(total, a, b, out_dtype=torch.float32, beta=kept, out=total)
     else:
-        total.addmm_(a.float(), b.float())
+        total.addmm_(a.float(), b.float(), beta=kept)
 
 
 def _is_mixed(a: Tensor, b: Tensor) -> bool:
