@@ -1,4 +1,4 @@
-"""The kernel of the loss at the width of a piece, beside it, and wider than registers are."""
+"""The kernel of the loss in rows that are as wide as a piece, narrower and wider."""
 
 import pytest
 import torch
@@ -20,8 +20,7 @@ def test_token_losses(vocab_size: int, scale: float, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocab_size", [96, 1000, 1024])
 def test_rows_in_pieces(vocab_size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cross_entropy, "_LARGEST_ROW", 64)
-    monkeypatch.setattr(cross_entropy, "_PIECE", 128)
+    monkeypatch.setattr(cross_entropy, "PIECE", 128)
     check_token_losses(5, vocab_size, dtype, 20.0)
 
 
