@@ -1,35 +1,39 @@
-"""Where the time of a step goes: kernels sorted into kinds by their names, as a table and as a picture."""
+"""Where the time of a step goes: kernels sorted into kinds by their names and by what launched them, as a table and as
+a picture."""
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-Kernels = Sequence[tuple[str, bool, float, int]]
+Kernels = Sequence[tuple[str, str, float, int]]
+# The first kind whose pattern is found in "origin kernel" is that of a kernel.
 KINDS = (
-    ("grouped GEMM", r"group(ed)?_?(gemm|mm|problem)|GroupProblemShape|grouped"),
-    ("attention", r"fmha|flash|attention|sdpa|mla_|cudnn.*(fprop|bprop|dgrad)"),
-    ("dense GEMM", r"nvjet|gemm|cutlass|xmma|splitk|cublas|matmul"),
-    ("norm, RoPE, SwiGLU", r"norm|rope|rotary|silu|swiglu|sigmoid_backward"),
-    ("loss", r"cross_entropy|softmax|nll_loss|logsumexp|lse"),
-    ("permute and combine", r"permut|collect|gather|scatter|spread|combine|index|embedding"),
-    ("gate", r"gate|topk|top_k|router|sort|radix|histogram|bincount|cumsum|scan|sigmoid"),
-    ("optimizer", r"adam|multi_tensor|lpnorm|l2norm"),
-    ("gradient accumulation", r"accumulate|sum_in_fp32|CUDAFunctor_add|add_"),
-    ("quantisation", r"quant|fp8|amax|cast_transpose"),
-    ("copies", r"memcpy|memset|copy|fill|cat"),
+    ("optimizer", r"^optimizer |adam|multi_tensor"),
+    ("grouped GEMM", r"GroupProblemShape|grouped_gemm|_weight_gradient_kernel|group_gemm"),
+    ("attention", r"fmha|flash|sdpa|fused_attn|cudnn"),
+    ("dense GEMM", r"nvjet|gemm|cutlass|xmma|splitK"),
+    ("quantisation", r"quant|amax|cast_transpose|Fp8"),
+    ("norms", r"_Norm|rms_?norm|layer_?norm"),
+    ("RoPE, keys and values", r"_Rotate|_KeysAndValues|rope|rotary"),
+    ("SwiGLU", r"_SwiGLU|swiglu|silu"),
+    ("loss", r"_CrossEntropy|cross_entropy|softmax|nll_loss"),
+    ("permute and combine", r"_Spread|_Collect|_Pick|permut|embedding|_rank_kernel|_place_kernel|gather|scatter|index"),
+    ("gate", r"_KernelGate|_Logits|topk|router|sort|histogram|scan|sigmoid"),
+    ("adding gradients", r"AccumulateGrad|CUDAFunctor_add"),
+    ("copies", r"memcpy|memset|copy|fill|Cat"),
 )
-OTHER, IDLE = "other elementwise", "no kernel running"
+OTHER, IDLE = "other", "no kernel running"
 COLORS = (
-    "#3b6fb6", "#d1773c", "#74a9cf", "#5f9e6e", "#b55d60", "#857aab", "#8d7866",
-    "#d095bf", "#c9b458", "#5b5b5b", "#a6a6a6", "#d9d9d9", "#f0f0f0",
+    "#5b5b5b", "#3b6fb6", "#d1773c", "#74a9cf", "#9c755f", "#5f9e6e", "#b55d60", "#857aab",
+    "#8d7866", "#d095bf", "#c9b458", "#86bcb6", "#a6a6a6", "#d9d9d9", "#f0f0f0",
 )  # fmt: skip
 
 
 def sort_kernels(kernels: Kernels, seconds: float) -> dict[str, tuple[float, int]]:
     """Milliseconds and launches of each kind, in order. What a step of `seconds` has beyond them is idle time."""
     sums = {kind: (0.0, 0) for kind in [*(kind for kind, _ in KINDS), OTHER]}
-    for name, in_optimizer, microseconds, launches in kernels:
-        kind = "optimizer" if in_optimizer else _kind(name)
+    for name, origin, microseconds, launches in kernels:
+        kind = _kind(f"{origin} {name}")
         time, number = sums[kind]
         sums[kind] = time + microseconds / 1e3, number + launches
     idle = seconds * 1e3 - sum(time for time, _ in sums.values())
@@ -73,5 +77,5 @@ def draw_profile(kernels: Kernels, seconds: float, title: str, file: Path) -> No
     pyplot.close(figure)
 
 
-def _kind(name: str) -> str:
-    return next((kind for kind, pattern in KINDS if re.search(pattern, name, re.IGNORECASE)), OTHER)
+def _kind(text: str) -> str:
+    return next((kind for kind, pattern in KINDS if re.search(pattern, text, re.IGNORECASE)), OTHER)

@@ -51,7 +51,7 @@ class MegatronSide:
         on_gpu = device().type == "cuda"
         fp8, distributed = request.settings["fp8"], request.settings["distributed_optimizer"]
         dist.init_process_group("nccl" if on_gpu else "gloo", rank=0, world_size=1, store=dist.HashStore())
-        parallel_state.initialize_model_parallel()
+        parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
         if on_gpu:
             model_parallel_cuda_manual_seed(0)
         megatron = _translate(config.model, fp8=fp8, on_gpu=on_gpu)
@@ -73,7 +73,9 @@ class MegatronSide:
         self._megatron = megatron
         data_parallel = DistributedDataParallelConfig(use_distributed_optimizer=distributed)
         self._model = DistributedDataParallel(megatron, data_parallel, model).train()
-        self._optimizer = get_megatron_optimizer(_optimizer_config(distributed), [self._model])
+        self._optimizer = get_megatron_optimizer(
+            _optimizer_config(distributed), [self._model], use_gloo_process_groups=False
+        )
         self.versions = {"megatron-core": version("megatron-core"), "transformer-engine": _te_version()}
         self.notes = (
             f"grouped GEMM, permute, router, RoPE, SwiGLU and cross-entropy fused, TE attention on cuDNN, "

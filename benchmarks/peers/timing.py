@@ -137,8 +137,8 @@ def _measure(side: Side, stream: SampleStream, seq_len: int, batch_size: int, re
     return result
 
 
-def _profile(side: Side, batch: Batch, request: Request) -> list[tuple[str, bool, float, int]]:
-    """One step's kernels: (name, whether inside a range called `optimizer`, microseconds, launches)."""
+def _profile(side: Side, batch: Batch, request: Request) -> list[tuple[str, str, float, int]]:
+    """One step's kernels: (name, what launched it, microseconds, launches)."""
     file = Path(request.out).with_suffix(".trace.json")
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         side.step(batch)
@@ -146,17 +146,34 @@ def _profile(side: Side, batch: Batch, request: Request) -> list[tuple[str, bool
     profiler.export_chrome_trace(str(file))
     events = [event for event in json.loads(file.read_text())["traceEvents"] if event.get("ph") == "X"]
     file.unlink()
-    ranges = [
-        (event["ts"], event["ts"] + event["dur"])
-        for event in events
-        if event.get("cat") == "gpu_user_annotation" and event["name"] == "optimizer"
-    ]
-    kernels: dict[tuple[str, bool], list[float]] = {}
+    origins = _origins(events)
+    kernels: dict[tuple[str, str], list[float]] = {}
     for event in events:
         if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
-            inside = any(first <= event["ts"] < last for first, last in ranges)
-            kernels.setdefault((event["name"], inside), []).append(event["dur"])
-    return [(name, inside, sum(times), len(times)) for (name, inside), times in kernels.items()]
+            origin = origins.get(event.get("args", {}).get("correlation"), "")
+            kernels.setdefault((event["name"], origin), []).append(event["dur"])
+    return [(name, origin, sum(times), len(times)) for (name, origin), times in kernels.items()]
+
+
+def _origins(events: list[dict[str, Any]]) -> dict[int, str]:
+    """By the number of a launch: `optimizer` in the range of that name, else the innermost operation around it that is
+    no plain operator of torch, such as an autograd function."""
+    threads: dict[int, list[dict[str, Any]]] = {}
+    for event in events:
+        if event.get("cat") in ("cpu_op", "user_annotation", "cuda_runtime", "cuda_driver"):
+            threads.setdefault(event["tid"], []).append(event)
+    origins = {}
+    for thread in threads.values():
+        around: list[tuple[float, str]] = []
+        for event in sorted(thread, key=lambda event: (event["ts"], -event["dur"])):
+            around = [(end, name) for end, name in around if event["ts"] < end]
+            if event["cat"] in ("cpu_op", "user_annotation"):
+                if not event["name"].startswith(("aten::", "autograd::", "ProfilerStep")):
+                    around.append((event["ts"] + event["dur"], event["name"]))
+            elif "correlation" in event.get("args", {}):
+                names = [name for _, name in around]
+                origins[event["args"]["correlation"]] = "optimizer" if "optimizer" in names else (names or [""])[-1]
+    return origins
 
 
 def _wait() -> None:
