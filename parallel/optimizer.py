@@ -6,19 +6,24 @@ of fp32 parameters, and to the fp32 sum `main_grad` of others (`sum_in_fp32`). A
     g = (1 / R) Σ over replicas of their sums        R = ranks with the same layers
     AdamW with g · min(1, clip / (‖g‖ + 1e-6))       ‖g‖ over all parameters of the model, each counted once
 
+Both factors of g are numbers of the host, which waits for the norm anyway to see whether there is an update. AdamW gets
+them beside the sums, and no pass over memory is made to multiply or to zero: the first gradient of the next step takes
+the place of an old sum.
+
 Routed experts have replicas only on the ranks with the same experts. They are divided by R nevertheless, because an
 expert sees the tokens of all R ranks.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from model.linear import add_gradient
 from parallel.mesh import Mesh
 
 EXPERTS = ".mlp.experts."
@@ -90,11 +95,30 @@ class Optimizer(Protocol):
         updates, which skipped steps are not."""
 
 
+class Coefficients(NamedTuple):
+    """The numbers of AdamW's t-th update (arXiv 1711.05101), in the order of the fields:
+
+    m += a (g - m)    v += b (g² - v)    w = c w - d m / (√(e v) + ε)
+    a = 1 - β₁    b = 1 - β₂    c = 1 - λη    d = η / (1 - β₁ᵗ)    e = 1 / (1 - β₂ᵗ)
+    """
+
+    mean_share: float
+    square_share: float
+    kept: float
+    rate: float
+    square_scale: float
+    eps: float
+
+
 class AdamW(torch.optim.AdamW):
-    """AdamW whose moments can be kept in bf16. They exist from the start, so that they can be saved and loaded."""
+    """AdamW whose moments can be kept in bf16. They exist from the start, so that they can be saved and loaded.
+
+    What is on a GPU is updated by a kernel of ours, in one pass over memory; what is on the CPU, by torch.
+    """
 
     def __init__(self, groups: list[dict[str, Any]], config: OptimizerConfig) -> None:
         self._moments = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.moments]
+        # DeepSpeed may move to the CPU what comes from a GPU; torch has a fused kernel there.
         on_cuda = all(parameter.is_cuda for group in groups for parameter in group["params"])
         betas = config.beta1, config.beta2
         super().__init__(groups, lr=0.0, betas=betas, eps=config.eps, fused=on_cuda)
@@ -103,10 +127,8 @@ class AdamW(torch.optim.AdamW):
         """Sets both moments to zero. To be called when the groups hold the tensors that will be updated."""
         for group in self.param_groups:
             for parameter in group["params"]:
-                # Fused kernels, which torch has for both, count on the device of what they update.
-                device = parameter.device if group["fused"] else "cpu"
                 self.state[parameter] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=device),
+                    "step": torch.zeros((), dtype=torch.float32, device="cpu"),
                     "exp_avg": torch.zeros_like(parameter, dtype=self._moments, requires_grad=False),
                     "exp_avg_sq": torch.zeros_like(parameter, dtype=self._moments, requires_grad=False),
                 }
@@ -116,32 +138,68 @@ class AdamW(torch.optim.AdamW):
         for state in self.state.values():
             state["step"] = torch.full_like(state["step"], float(updates))
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One update from the gradients."""
+        self.step_scaled(1.0, {})
+
+    @torch.no_grad()
+    def step_scaled(self, scale: float, copies: Mapping[Tensor, Tensor]) -> None:
+        """One update from the gradients times `scale`, by which they may be multiplied in place. The tensors that
+        `copies` has for parameters then hold their values, rounded."""
+        held = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if held and held[0][0].is_cuda:
+            for parameter, group in held:
+                self._step_in_one_pass(parameter, group, scale, copies.get(parameter))
+            return
+        for parameter, _ in held:
+            parameter.grad.mul_(scale)
         if self._moments == torch.float32:
-            return super().step(closure)
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._step_with_rounded_moments(parameter, group)
-        return None
+            super().step()
+        else:
+            for parameter, group in held:
+                self._step_with_rounded_moments(parameter, group)
+        for parameter, copy in copies.items():
+            copy.copy_(parameter)
+
+    def _step_in_one_pass(self, parameter: Tensor, group: dict[str, Any], scale: float, copy: Tensor | None) -> None:
+        from parallel.adamw_kernel import update
+
+        state: dict[str, Any] = self.state[parameter]
+        tensors: list[Any] = [parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"], copy]
+        update(*tensors, scale=scale, coefficients=self._count(state, group))
 
     def _step_with_rounded_moments(self, parameter: Tensor, group: dict[str, Any]) -> None:
         """The arithmetic is fp32; only what is kept is rounded."""
-        state, (beta1, beta2) = self.state[parameter], group["betas"]
-        state["step"] += 1
-        step, rate = float(state["step"]), group["lr"]
+        state = self.state[parameter]
+        numbers = self._count(state, group)
         tensors = parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]
         parts = [tensor.view(-1).split(_ELEMENTS_AT_ONCE) for tensor in tensors if tensor is not None]
         for weights, gradient, kept_mean, kept_square in zip(*parts, strict=True):
-            mean = kept_mean.float().lerp_(gradient, 1 - beta1)
-            square = kept_square.float().lerp_(gradient.square(), 1 - beta2)
+            mean = kept_mean.float().lerp_(gradient, numbers.mean_share)
+            square = kept_square.float().lerp_(gradient.square(), numbers.square_share)
             kept_mean.copy_(mean)
             kept_square.copy_(square)
-            weights.mul_(1 - rate * group["weight_decay"])
-            size = square.div_(1 - beta2**step).sqrt_().add_(group["eps"])
-            weights.addcdiv_(mean, size, value=-rate / (1 - beta1**step))
+            size = square.mul_(numbers.square_scale).sqrt_().add_(numbers.eps)
+            weights.mul_(numbers.kept).addcdiv_(mean, size, value=-numbers.rate)
+
+    @staticmethod
+    def _count(state: dict[str, Any], group: dict[str, Any]) -> Coefficients:
+        """Counts an update, and what it takes."""
+        state["step"] += 1
+        (beta1, beta2), rate, updates = group["betas"], group["lr"], float(state["step"])
+        return Coefficients(
+            mean_share=1 - beta1,
+            square_share=1 - beta2,
+            kept=1 - rate * group["weight_decay"],
+            rate=rate / (1 - beta1**updates),
+            square_scale=1 / (1 - beta2**updates),
+            eps=group["eps"],
+        )
+
+
+def clipping(norm: float, clip: float) -> float:
+    """The factor that brings a gradient of this norm down to `clip`, at most 1; 0 stands for no clipping."""
+    return min(1.0, clip / (norm + 1e-6)) if clip else 1.0
 
 
 def is_expert(name: str) -> bool:
@@ -159,26 +217,40 @@ def global_place(name: str, shape: tuple[int, ...], mesh: Mesh) -> tuple[int, tu
 
 
 def sum_in_fp32(parameter: nn.Parameter, total: Tensor) -> None:
-    """From now on gradients of `parameter` are added to `total`, of the same shape, which becomes its `main_grad`."""
-    parameter.main_grad = total  # type: ignore[attr-defined]
+    """From now on gradients of `parameter` are added up in `total`, of the same shape, which becomes its
+    `main_grad`."""
+    marked: Any = parameter
+    marked.main_grad, marked.main_grad_is_old = total, True
     parameter.register_post_accumulate_grad_hook(_move_gradient)
 
 
-def _move_gradient(parameter: Tensor) -> None:
+def _move_gradient(parameter: Any) -> None:
     # Autograd calls this for a weight whose gradient was put off, too.
     if parameter.grad is not None:
-        parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]
+        add_gradient(parameter, parameter.grad)
         parameter.grad = None
 
 
 def gradient_sum(parameter: nn.Parameter) -> Tensor:
     """The gradient added up so far; zeros where there was none."""
+    marked: Any = parameter
     total: Tensor | None = getattr(parameter, "main_grad", None)
     if total is not None:
+        if marked.main_grad_is_old:
+            total.zero_()
+            marked.main_grad_is_old = False
         return total
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad
+
+
+def forget_gradient(parameter: nn.Parameter) -> None:
+    """Begins a new sum. An old one in fp32 stays where it is until a gradient takes its place."""
+    if hasattr(parameter, "main_grad"):
+        parameter.main_grad_is_old = True  # type: ignore[attr-defined]
+    elif parameter.grad is not None:
+        parameter.grad.zero_()
 
 
 def sum_over_ends(module: nn.Module, names: Iterable[str], mesh: Mesh) -> None:

@@ -3,6 +3,7 @@
 It says in the fewest words what the other stages must come to, and the tests hold them against it.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
@@ -15,6 +16,8 @@ from parallel.optimizer import (
     AdamW,
     OptimizerConfig,
     OptimizerShard,
+    clipping,
+    forget_gradient,
     global_place,
     gradient_sum,
     is_expert,
@@ -44,6 +47,10 @@ class ReplicatedOptimizer:
         groups = [(matrices, config.weight_decay), (vectors, 0.0)]
         self._adam = AdamW([{"params": params, "weight_decay": decay} for params, decay in groups], config)
         self._adam.start()
+        weights = ((self._masters[name], parameter) for name, parameter in self._parameters.items())
+        self._rounded: dict[Tensor, Tensor] = {
+            master: parameter for master, parameter in weights if master is not parameter
+        }
 
     def _sums(self, names: list[str]) -> Tensor:
         """One flat tensor of fp32 zeros to which the gradients of the parameters are added."""
@@ -63,26 +70,23 @@ class ReplicatedOptimizer:
     @torch.no_grad()
     def step(self, learning_rate: float) -> tuple[float, bool]:
         """Ends the step; returns the norm of the mean gradient before clipping, and whether weights were updated."""
+        for parameter in self._parameters.values():
+            gradient_sum(parameter)
         sum_over_ends(self.module, self._shared, self._mesh)
         dist.all_reduce(self._dense_sum, group=self._mesh.replicas)
         dist.all_reduce(self._expert_sum, group=self._mesh.expert_replicas)
-        for total in (self._dense_sum, self._expert_sum):
-            total /= self._mesh.replicas.size()
-        norm = self._norm()
-        if updated := bool(norm.isfinite()):
-            if self._config.clip:
-                for total in (self._dense_sum, self._expert_sum):
-                    total *= (self._config.clip / (norm + 1e-6)).clamp(max=1.0)
+        num_replicas = self._mesh.replicas.size()
+        norm = float(self._norm()) / num_replicas
+        if updated := math.isfinite(norm):
             for group in self._adam.param_groups:
                 group["lr"] = learning_rate
-            self._adam.step()
-            self._write_weights()
-        for total in (self._dense_sum, self._expert_sum):
-            total.zero_()
-        return float(norm), updated
+            self._adam.step_scaled(clipping(norm, self._config.clip) / num_replicas, self._rounded)
+        for parameter in self._parameters.values():
+            forget_gradient(parameter)
+        return norm, updated
 
     def _norm(self) -> Tensor:
-        """Over the whole model, every parameter counted once."""
+        """Of the sums over the replicas: over the whole model, every parameter counted once."""
         squares = self._expert_sum.norm() ** 2
         dist.all_reduce(squares, group=self._mesh.expert)
         counted = [name for name in self._parameters if not is_expert(name) and self._shared.get(name, True)]

@@ -18,6 +18,7 @@ import contextlib
 import importlib
 import io
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -29,12 +30,15 @@ import torch
 from torch import Tensor, nn
 
 from parallel.mesh import Mesh
+from parallel.mpu import Mpu
 from parallel.optimizer import (
     AdamW,
     Optimizer,
     OptimizerConfig,
     OptimizerShard,
     ZeroConfig,
+    clipping,
+    forget_gradient,
     global_place,
     gradient_sum,
     is_expert,
@@ -75,6 +79,8 @@ def make_optimizer(
             )
         return ReplicatedOptimizer(module, mesh=mesh, config=config, dtype=dtype, shared=shared)
     cls = _DividedWeightsOptimizer if zero.stage == 3 else ZeroOptimizer
+    if zero.stage == 1 and zero.offload == "none" and dtype == torch.bfloat16:
+        cls = _OnePassOptimizer
     return cls(
         module, mesh=mesh, config=config, zero=zero, dtype=dtype, micro_batch_size=micro_batch_size, shared=shared
     )
@@ -96,7 +102,7 @@ class ZeroOptimizer:
     ) -> None:
         deepspeed = load_deepspeed()
         deepspeed.init_distributed(dist_init_required=False)
-        self.module, self._mesh, self._shared = module, mesh, dict(shared)
+        self.module, self._mesh, self._config, self._shared = module, mesh, config, dict(shared)
         self.defers_weight_gradients = zero.stage == 1
         for name, owned in shared.items():
             module.get_parameter(name).ds_pipe_replicated = not owned  # type: ignore[attr-defined]
@@ -106,11 +112,12 @@ class ZeroOptimizer:
             self._engine, *_ = deepspeed.initialize(
                 model=root,
                 optimizer=AdamW(groups, config),
-                mpu=_Mpu(mesh),
+                mpu=Mpu(mesh),
                 config=_deepspeed_config(config, zero, dtype, micro_batch_size),
                 dist_init_required=False,
             )
         self._zero = self._engine.optimizer
+        self._comm, self._utils = deepspeed.comm, importlib.import_module("deepspeed.runtime.utils")
         self._gradients = _gradients(self._zero, list(root.parameters()), zero, dtype)
         self._start_moments()
 
@@ -166,6 +173,54 @@ class ZeroOptimizer:
 
     def _write_weights(self) -> None:
         self._zero.update_lp_params()
+
+
+class _OnePassOptimizer(ZeroOptimizer):
+    """Stage 1 with bf16 weights. DeepSpeed's own step reads or writes every gradient and weight several times more than
+    it has to: it copies sums to where they are already, multiplies them to clip, reads masters again to round them, and
+    zeroes twice. Here its parts are called in its order, and AdamW does all of that in its one pass."""
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> tuple[float, bool]:
+        """Ends the step; returns the norm of the mean gradient before clipping, and whether weights were updated."""
+        wrapper, num_replicas = self._zero, self._mesh.replicas.size()
+        self._gradients.hand_over()
+        sum_over_ends(self.module, self._shared, self._mesh)
+        for sums, group in zip(wrapper.fp32_groups_gradients_flat, wrapper.real_dp_process_group, strict=True):
+            if group.size() > 1:
+                self._comm.all_reduce(sums, group=group)
+        norm = self._norm() / num_replicas
+        if updated := math.isfinite(norm):
+            for group in wrapper.param_groups:
+                group["lr"] = learning_rate
+            self._update(clipping(norm, self._config.clip) / num_replicas)
+        self._gradients.forget()
+        return norm, updated
+
+    def _update(self, scale: float) -> None:
+        wrapper, rounded = self._zero, {}
+        masters, sums = wrapper.fp32_groups_flat_partition, wrapper.fp32_groups_gradient_flat_partition
+        for place, group in enumerate(wrapper.real_dp_process_group):
+            masters[place].grad = sums[place]
+            rounded[masters[place]] = wrapper.bf16_partitioned_groups[place][group.rank()]
+        wrapper.optimizer.step_scaled(scale, rounded)
+        self._utils.all_gather_dp_groups(
+            groups_flat=wrapper.bf16_groups_flat,
+            partitioned_param_groups=wrapper.bf16_partitioned_groups,
+            dp_process_group=wrapper.real_dp_process_group,
+            start_alignment_factor=wrapper.nccl_start_alignment_factor,
+            allgather_bucket_size=wrapper.allgather_bucket_size,
+        )
+
+    def _norm(self) -> float:
+        """Of the sums over replicas, each parameter of the model counted once; infinite if it is not a number."""
+        wrapper, utils = self._zero, self._utils
+        dense, experts = wrapper.get_grads_for_norm()
+        norm = utils.get_global_norm_of_tensors(dense, mpu=wrapper.mpu)
+        if wrapper.has_moe_layers:
+            norm = utils.get_norm_with_moe_layers(norm, mpu=wrapper.mpu, expert_tensors=experts)
+        found = float(norm)
+        return found if found >= 0 else math.inf  # DeepSpeed has -1 for what is not finite.
 
 
 class _DividedWeightsOptimizer(ZeroOptimizer):
@@ -250,20 +305,26 @@ class _OwnSums(_WholeGradients):
     def forget(self) -> None:
         super().forget()
         for parameter in self._parameters:
-            gradient_sum(parameter).zero_()
+            forget_gradient(parameter)
 
 
 class _DeepSpeedSums(_WholeGradients):
-    """bf16 weights whose wrapper has fp32 sums of its own, and must hear that all of them are there."""
+    """bf16 weights whose wrapper has fp32 sums of its own. It hears once that all of them are there."""
 
     def __init__(self, wrapper: Any, parameters: list[nn.Parameter]) -> None:
         super().__init__(wrapper, parameters)
         for group, sums in zip(wrapper.bf16_groups, wrapper.fp32_groups_gradients, strict=True):
             for parameter, total in zip(group, sums, strict=True):
                 sum_in_fp32(parameter, total.view(parameter.shape))
+        wrapper.fp32_groups_has_gradients = [[True] * len(group) for group in wrapper.bf16_groups]
 
     def hand_over(self) -> None:
-        self._wrapper.fp32_groups_has_gradients = [[True] * len(group) for group in self._wrapper.bf16_groups]
+        for parameter in self._parameters:
+            gradient_sum(parameter)
+
+    def forget(self) -> None:
+        for parameter in self._parameters:
+            forget_gradient(parameter)
 
 
 class _DividedGradients(_WholeGradients):
@@ -340,42 +401,6 @@ def _gradients(wrapper: Any, parameters: list[nn.Parameter], zero: ZeroConfig, d
     if hasattr(wrapper, "fp32_groups_gradients"):
         return _DeepSpeedSums(wrapper, parameters)
     return (_WholeGradients if dtype == torch.float32 else _OwnSums)(wrapper, parameters)
-
-
-class _Mpu:
-    """What DeepSpeed asks about the layout. Layers are divided, tensors are not: a "model parallel" group is a
-    pipeline, or the half of it that holds the whole model."""
-
-    def __init__(self, mesh: Mesh) -> None:
-        self._mesh = mesh
-
-    def get_data_parallel_group(self) -> Any:
-        return self._mesh.replicas
-
-    def get_data_parallel_rank(self) -> int:
-        return int(self._mesh.replicas.rank())
-
-    def get_data_parallel_world_size(self) -> int:
-        return int(self._mesh.replicas.size())
-
-    def get_model_parallel_group(self) -> Any:
-        return self._mesh.model
-
-    def get_model_parallel_rank(self) -> int:
-        return int(self._mesh.model.rank())
-
-    def get_model_parallel_world_size(self) -> int:
-        return int(self._mesh.model.size())
-
-    def get_tensor_model_parallel_rank(self) -> int:
-        return 0
-
-    def get_tensor_model_parallel_world_size(self) -> int:
-        return 1
-
-    get_pipeline_model_parallel_group = get_model_parallel_group
-    get_pipeline_model_parallel_rank = get_model_parallel_rank
-    get_pipeline_model_parallel_world_size = get_model_parallel_world_size
 
 
 def _root_and_groups(

@@ -29,7 +29,6 @@ DEVICE_OVERHEAD = 2 * GIB
 
 _FP32 = 4
 _ALIGNMENT = 2
-_REDUCED_AT_ONCE = 500_000_000
 _WHAT = {
     "states": "between layers",
     "norms": "inputs in fp32, outputs",
@@ -235,14 +234,12 @@ def _shares(sizes: ParameterSizes, division: Division) -> int:
 
 
 def _step_buffers(sizes: ParameterSizes, division: Division) -> tuple[Part, ...]:
+    """Without ZeRO, and for bf16 weights in stage 1, all happens where gradients and weights are; those whose masters
+    are elsewhere pass through a bucket."""
     if division.stage == 0:
         return ()
-    if division.dtype == torch.float32 or division.stage >= 2:
-        share = max(-(-numel // ranks) for numel, ranks in _groups(sizes, division))
-        return (Part("own gradients", _FP32 * share, "this rank's share, flat"),)
-    if division.replicas == 1:
-        return ()
-    # Gradient sums that fit into one bucket together are reduced in a copy; a larger one is reduced where it is.
-    replicated = sizes.matrices + sizes.vectors
-    copied = max(size if size <= _REDUCED_AT_ONCE else sizes.largest for size in (replicated, sizes.experts))
-    return (Part("reduction", _FP32 * copied, "fp32 copies of gradients"),)
+    if division.stage == 1 and division.dtype != torch.float32:
+        bucket = Part("reduction", _FP32 * BUCKET_ELEMENTS, "a bucket of gradients in fp32")
+        return (bucket,) if division.offload else ()
+    share = max(-(-numel // ranks) for numel, ranks in _groups(sizes, division))
+    return (Part("own gradients", _FP32 * share, "this rank's share, flat"),)
