@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
+TILE = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP": 8, "num_warps": 8, "num_stages": 4}
 
 
 def add_weight_gradients(total: Tensor, grad: Tensor, rows: Tensor, counts: Tensor, *, is_first: bool) -> None:
