@@ -37,7 +37,7 @@ _WHAT = {
     "routed experts": "rows there and back, SwiGLU; mean load",
     "other MLPs": "of dense layers, shared experts",
     "deferred": "of weight gradients that wait",
-    "loss": "log-probabilities",
+    "loss": "gradients of states and head",
 }
 
 
@@ -137,8 +137,9 @@ def rank_memories(
         sizes = parameter_sizes(model, part)
         live = _activations(activations, schedule, place, defers=parallel.zero_stage < 2)
         logits, gradient = (activations.logits() if part.head else 0), dtype.itemsize * sizes.largest
-        # The logits and their two gradients are gone before gradients of weights appear and layers run again.
-        backward = max(2 * logits, gradient, activations.working(part.layers) + gradient - logits)
+        # What the losses kept is gone before layers run again; the logits are, before anything else is made.
+        loss = activations.loss() if part.head else 0
+        backward = max(logits, gradient, activations.working(part.layers) + gradient - loss)
         memories.append(
             Memory(
                 held=_held(sizes, division),
