@@ -8,7 +8,6 @@ given. Configurations may differ in how they compute, such as precision, kernels
 import gc
 import json
 import os
-import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from parallel.launch import Place, gather_texts
 from pretrain.assemble import assemble, failing_together, open_data
 from pretrain.checkpoint import CheckpointReader, list_checkpoints
 from pretrain.compare_report import RunPair, flatten, measure, show_value, write_comparison
-from pretrain.config import Config, load_config, parse_config
+from pretrain.config import Config, load_config
 from pretrain.errors import DONE, GAP_TOO_LARGE, UserError
 from pretrain.loop import catch_stop_signals, train
 from pretrain.loss_gap import MIN_STEPS, Verdict
@@ -90,7 +89,7 @@ def plan_comparison(
         raise UserError(f"--steps = {steps} must be at least {MIN_STEPS}: a gap and its noise need as many")
     _check_overrides(paths, overrides, overrides_b)
     configs = [_read(paths[0], overrides), _read(paths[1], [*overrides, *overrides_b])]
-    names = [path.name if path.is_dir() else path.stem for path in paths]
+    names = [path.resolve().name if path.is_dir() else path.stem for path in paths]
     out = out or Path(configs[0].run.dir) / f"compare-{names[0]}-{names[1]}"
     a, b = (
         Side(role, name, config, trains=False)
@@ -231,7 +230,7 @@ def _is_complete(side: Side) -> bool:
     reader = _newest(side)
     if reader is None:
         return False
-    stored = parse_config(tomllib.loads(reader.text(CONFIG)))
+    stored = _load_stored(reader.folder / CONFIG)
     found = [item for item in _differences(stored, side.config) if not _is_among(item[0], _MAY_CHANGE)]
     if found:
         key, there, here = found[0]
