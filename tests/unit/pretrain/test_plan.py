@@ -127,7 +127,7 @@ MASTERS = "masters and moments, 31.0 GiB; "
 @pytest.mark.parametrize(
     ("name", "overrides", "gib", "message"),
     [
-        ("dsv3_2b", (), 60, f"{MASTERS}train.micro_batch_size = 1 would fit"),
+        ("dsv3_2b", (), 54, f"{MASTERS}train.micro_batch_size = 1 would fit"),
         ("dsv3_2b", (), 51, f'{MASTERS}parallel.recompute = ["block"] with train.micro_batch_size = 1 would fit'),
         ("dsv3_2b", (), 32, f"{MASTERS}4 ranks with train.micro_batch_size = 1 and"),
         ("dsv3_671b", ALONE, 80, "masters and moments, 5086.0 GiB; even 256 ranks with train.micro_batch_size = 1 and"),
