@@ -93,7 +93,7 @@ class Block(nn.Module):
     def _attend(self, x: Tensor, context: AttentionContext, cache: LatentCache | None, *, absorbed: bool) -> Attended:
         normed = self._recompute.again("norms", self.input_layernorm, x)
         update = self.self_attn(normed, context, cache, absorbed=absorbed)
-        residual, normed = self.post_attention_layernorm.of_sum(x, update)
+        residual, normed = self.post_attention_layernorm(x, update)
         self._recompute.remember("norms", normed, self.post_attention_layernorm, residual)
         if not isinstance(self.mlp, MixtureOfExperts):
             return Attended(residual, normed, None, None)

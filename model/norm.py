@@ -4,7 +4,7 @@ The backward pass, with r = 1/√(mean(x²) + ε), x̂ = x r and g = w · dy, is
 dw = Σ dy · x̂, so nothing but x and r is kept. Where the input is a sum, the sum is part of the same pass over memory.
 """
 
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,17 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(size))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., size] to [..., size]."""
-        result: Tensor = _Norm.apply(x, self.weight, self.eps)
-        return result
+    @overload
+    def forward(self, x: Tensor) -> Tensor: ...
 
-    def of_sum(self, x: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
-        """x + update and what it becomes normalised, [..., size] all."""
+    @overload
+    def forward(self, x: Tensor, update: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def forward(self, x: Tensor, update: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """[..., size] to [..., size]; or with an update of x, both x + update and that normalised."""
+        if update is None:
+            normed: Tensor = _Norm.apply(x, self.weight, self.eps)
+            return normed
         results: tuple[Tensor, Tensor] = _NormOfSum.apply(x, update, self.weight, self.eps)
         return results
 
