@@ -361,7 +361,9 @@ def test_stages_agree_when_the_model_runs(tmp_path: Path, layout: Case, stages: 
     tolerance = 1e-5 if layout.dtype == FP32 else 1e-3
     for place, case in enumerate(cases[1:], start=1):
         for seen in by_rank:
-            assert seen[place]["norms"] == pytest.approx(seen[0]["norms"], rel=1e-5), case
+            first, *later = seen[place]["norms"]
+            assert first == pytest.approx(seen[0]["norms"][0], rel=1e-5), case
+            assert later == pytest.approx(seen[0]["norms"][1:], rel=max(tolerance / 10, 1e-5)), case
             assert seen[place]["losses"] == pytest.approx(seen[0]["losses"], rel=tolerance), case
         for name, value in masters_of(case, [seen[place]["masters"] for seen in by_rank]).items():
             assert distance(value, reference[name]) < 1e-5, (case, name)
