@@ -4,7 +4,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from data.loader import BatchLoader, BatchSpec
@@ -71,10 +71,7 @@ def _loop(run: Assembly, state: TrainState, held_out: HeldOut | None, recorder: 
                 stop_requested=stop.requested,
                 monitors_fp8=monitors_fp8(run.config, state.step + 1),
             )
-            position = batch.spec.position
-            state = TrainState(state.step, state.tokens, position, state.skipped).after(
-                batch.spec.batch_size, skipped=result.skipped
-            )
+            state = replace(state, position=batch.spec.position).after(batch.spec.batch_size, skipped=result.skipped)
             metrics = meter.measure(state, values, result)
             if held_out and (
                 state.step % train_config.validate_every == 0 or train_config.is_end(state.step, state.tokens)

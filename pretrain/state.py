@@ -3,7 +3,7 @@
 import json
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -32,12 +32,15 @@ _MAY_CHANGE = {"rope_scaling", "aux_loss_alpha", "initializer_range"}
 
 @dataclass(frozen=True)
 class TrainState:
-    """After `step` optimizer steps: tokens seen, the place in the stream, and how many of the steps were skipped."""
+    """After `step` optimizer steps: tokens seen, the place in the stream, and how many of the steps were skipped.
+    `extra` is what else must go on after a resume, as values of JSON by the name of the part of the program they belong
+    to; `after` keeps it."""
 
     step: int
     tokens: int
     position: DataPosition
     skipped: int = 0
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
     def after(self, batch_size: int, *, skipped: bool) -> "TrainState":
         """The state after one more step of so many sequences."""
@@ -51,13 +54,14 @@ class TrainState:
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary."""
-        return {**asdict(self), "position": self.position.to_json()}
+        return {**asdict(self), "position": self.position.to_json(), "extra": dict(self.extra)}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "TrainState":
         """The inverse of `to_json`."""
         position = DataPosition.from_json(value["position"])
-        return cls(int(value["step"]), int(value["tokens"]), position, int(value["skipped"]))
+        step, tokens, skipped = (int(value[name]) for name in ("step", "tokens", "skipped"))
+        return cls(step, tokens, position, skipped, dict(value.get("extra", {})))
 
 
 def first_state(run: Assembly) -> TrainState:
