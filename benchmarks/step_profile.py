@@ -55,7 +55,7 @@ def draw_profile(kernels: Kernels, seconds: float, title: str, file: Path) -> No
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "step"
+    matplotlib.rcParams |= {"svg.hashsalt": "step", "svg.fonttype": "none"}
     from matplotlib import pyplot
 
     sums = sort_kernels(kernels, seconds)

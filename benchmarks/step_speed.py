@@ -53,14 +53,23 @@ class Row:
     batches: tuple[int, ...] = (1, 2, 4, 8, 12, 16)
 
 
-TORCHTITAN = ("torchtitan==0.2.2", "torchdata==0.11.0", "tyro==1.0.17", "docstring-parser==0.18.0", "typeguard==4.6.1")
+TORCHTITAN = (
+    "torchtitan==0.3.0",
+    "spmd_types==0.2.3",
+    "torch_checkpointing==0.1.1",
+    "torchdata==0.11.0",
+    "tyro==1.0.17",
+    "docstring-parser==0.18.0",
+    "typeguard==4.6.1",
+)
 MEGATRON = ("megatron-core==0.19.2",)
+BF16 = {"fp8": False, "distributed_optimizer": True}
 PEER_ROWS = (
-    Row("torchtitan", "compiled", "torchtitan_side.py", TORCHTITAN, batches=(4, 8)),
-    Row("Megatron-Core", "bf16", "megatron_side.py", MEGATRON, {"fp8": False, "distributed_optimizer": True}),
-    Row("Megatron-Core", "FP8 blockwise", "megatron_side.py", MEGATRON, {"fp8": True, "distributed_optimizer": True}),
-    Row("transformers", "compiled layers", "transformers_side.py", settings={"compiled": True}, batches=(4, 8)),
-    Row("transformers", "eager", "transformers_side.py", settings={"compiled": False}),
+    Row("torchtitan", "compiled", "torchtitan_side.py", TORCHTITAN, {"compiled": True}, batches=(4, 8)),
+    Row("Megatron-Core", "bf16", "megatron_side.py", MEGATRON, BF16, batches=(2, 4, 8)),
+    Row("Megatron-Core", "FP8 blockwise", "megatron_side.py", MEGATRON, BF16 | {"fp8": True}, batches=(2, 4, 8)),
+    Row("transformers", "compiled layers", "transformers_side.py", settings={"compiled": True}, batches=(2, 4)),
+    Row("transformers", "eager", "transformers_side.py", settings={"compiled": False}, batches=(2, 4, 8)),
 )
 
 
