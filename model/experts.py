@@ -5,6 +5,7 @@ brings the rows here and takes the results back; a choice that is not for an exp
 dropped and no capacity is set.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -60,7 +61,7 @@ class RoutedExperts(nn.Module):
         weighted."""
         later = self._weight_gradients if defers else WeightGradients()
         copies, counts = sort_by_expert(routed, len(self.gate_up_proj))
-        rows = spread(routed.rows, copies)
+        rows = self._recompute.again("expert_rows", partial(spread, copies=copies), routed.rows)
         gate_up = grouped_linear(rows, self.gate_up_proj, counts, later, self.gate_up_quantizer)
         inner = self._recompute.again("swiglu", swiglu, gate_up, pick(routed.weights, copies))
         return collect(grouped_linear(inner, self.down_proj, counts, later, self.down_quantizer), copies)

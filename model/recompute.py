@@ -16,7 +16,7 @@ from torch import Tensor
 from model.fp8 import Fp8
 from model.linear import WeightGradients
 
-Recomputable = Literal["norms", "mla_up", "swiglu"]
+Recomputable = Literal["norms", "mla_up", "swiglu", "expert_rows"]
 Result = TypeVar("Result", Tensor, tuple[Tensor, ...])
 
 

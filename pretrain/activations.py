@@ -193,7 +193,8 @@ class Activations:
 
     def _expert_rows(self) -> float:
         model = self.model
-        row = self.num_bytes * model.hidden_size + self._swiglu(model.moe_intermediate_size)
+        copy = 0 if self._has("expert_rows") else self.num_bytes * model.hidden_size
+        row = copy + self._swiglu(model.moe_intermediate_size)
         weight_and_token = _FP32 + _INT64
         return model.num_experts_per_tok * (row + weight_and_token)
 

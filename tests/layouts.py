@@ -13,7 +13,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "cp": (1, 2),
     "extra_dp": (1, 2),
     "zero_stage": (0, 1, 2, 3),
-    "recompute": ((), ("norms", "mla_up", "swiglu"), ("block",)),
+    "recompute": ((), ("norms", "mla_up", "swiglu", "expert_rows"), ("block",)),
     "depth": (0, 1),
     "layers": (3, 7),
     "skew": ("none", "one takes all", "half get nothing"),

@@ -14,7 +14,7 @@ from model.init import initialize
 from model.recompute import Recompute, _Recipe
 from model.transformer import Transformer
 
-PARTS = [("norms",), ("mla_up",), ("swiglu",), ("norms", "mla_up", "swiglu")]
+PARTS = [("norms",), ("mla_up",), ("swiglu",), ("expert_rows",), ("norms", "mla_up", "swiglu", "expert_rows")]
 
 
 class LiveBytes(TorchDispatchMode):

@@ -197,7 +197,7 @@ def measure_forward(rank: int, ranks: int, config: ModelConfig, layout: Parallel
     return storages.live_bytes(but=weights)
 
 
-PARTS = ("norms", "mla_up", "swiglu")
+PARTS = ("norms", "mla_up", "swiglu", "expert_rows")
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
@@ -209,6 +209,7 @@ PARTS = ("norms", "mla_up", "swiglu")
         (1, {"recompute": ("norms",)}, {}),
         (1, {"recompute": ("mla_up",)}, {}),
         (1, {"recompute": ("swiglu",)}, {}),
+        (1, {"recompute": ("expert_rows",)}, {}),
         (1, {"recompute": PARTS}, {}),
         (1, {"recompute": PARTS}, {"q_lora_rank": None}),
         (1, {"recompute": ("block",)}, {}),
