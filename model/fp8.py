@@ -33,6 +33,10 @@ embedding, the head, the gate, norms, the attention core and the projection of m
 the report (section 3.3.1) and its published weights. So are matrices whose sizes are no multiples of 16, which tensor
 cores cannot read in FP8. Weights, their fp32 masters and sums of gradients are untouched: FP8 lives in the products.
 
+A scale may be any number, or be rounded down to a power of two. Then it costs up to a bit of the range, but rounding
+does not depend on it, unless values leave the range: what shares a scale may differ from rank to rank, and yet a value
+becomes the same number. That is the default here, and in Transformer Engine for blocks.
+
 Of a delayed scale, the maximum counts over all ranks with the same weights, so that all of them round alike and a
 checkpoint needs one history; the scales of one step are those of its beginning. The first step has no history, and
 takes the scales of its own tensors. Of a current scale only the tensor on this rank counts. Routed experts have scales
@@ -65,6 +69,9 @@ Part = Literal["attention", "mlp", "experts", "prediction"]
 Kind = Literal["activation", "weight", "gradient"]
 KINDS: tuple[Kind, ...] = ("activation", "weight", "gradient")
 PARTS_IN_FP8: frozenset[Part] = frozenset({"attention", "mlp", "experts"})
+# Routed experts are high on a GPU. On an H100 (2026-11), forward and backward of 64 experts, 65536 × 2048 × 2816, took
+# 17.0 ms by Transformer Engine in block FP8, which launches a kernel or more for each expert, and 4.4 ms by torch's
+# grouped product in bf16.
 PARTS_ON_GPU: frozenset[Part] = frozenset({"attention", "mlp"})
 AMAX_HISTORY = "amax_history"
 HISTORY_STEPS = 16
@@ -143,11 +150,13 @@ def _last_step(format: torch.dtype) -> float:
 
 
 class Fp8:
-    """FP8 of a rank; a value that its layers share."""
+    """FP8 of a rank; a value that its layers share. Gradients are those of a loss times `gradient_unit`: histories and
+    monitors do not depend on over how many micro-batches a loss is the mean."""
 
     def __init__(self, config: Fp8Config | None = None) -> None:
         self.config = config or Fp8Config()
         self.monitor = Monitor()
+        self.gradient_unit = 1.0
         self._weights: dict[int, tuple[Any, bool]] | None = None
 
     def quantizer(self, part: Part, in_features: int, out_features: int, *, num_experts: int = 0) -> "Quantizer | None":
@@ -245,7 +254,7 @@ class Quantizer(nn.Module):
         amax = self._largest(x, counts)
         if self.config.recipe == "delayed":
             amax = self._delayed(kind, amax, observed=observed)
-        scale = scale_of(amax, self.config.format(kind), torch.float32, power_of_two=False)
+        scale = scale_of(amax, self.config.format(kind), torch.float32, power_of_two=self.config.power_of_two)
         if counts is not None:
             scale = scale.repeat_interleave(counts, output_size=len(x))
         scale = scale.view(-1, *[1] * (x.dim() - 1))
@@ -266,13 +275,19 @@ class Quantizer(nn.Module):
         number = KINDS.index(kind)
         if observed:
             self.amax[:, number] = torch.maximum(self.amax[:, number], amax)
-        earlier = self.amax_history[:, number].amax(-1)
+        earlier = self.earlier(kind)
         return torch.where(earlier > 0, earlier, amax)
+
+    def earlier(self, kind: Kind) -> Tensor:
+        """The largest magnitude in the history, [1] or [E]; 0 where there is none."""
+        largest = self.amax_history[:, KINDS.index(kind)].amax(-1)
+        return largest * self.shared.gradient_unit if kind == "gradient" else largest
 
     @torch.no_grad()
     def end_step(self) -> None:
         """Moves the largest magnitudes of this step into the history. What is not finite is no magnitude."""
         amax = torch.where(self.amax.isfinite(), self.amax, 0.0)
+        amax[:, KINDS.index("gradient")] /= self.shared.gradient_unit
         self.amax_history.copy_(torch.cat((self.amax_history[..., 1:], amax.unsqueeze(-1)), dim=-1))
         self.amax.zero_()
         self.has_history = True

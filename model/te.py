@@ -120,7 +120,9 @@ def _rounding(quantizer: Quantizer, kind: Kind, x: Tensor, *, observed: bool) ->
 def _of_one_tensor(recipe: Recipe, format: torch.dtype, power_of_two: bool, is_weight: bool) -> Any:
     te = _load()
     if recipe == "current":
-        return te.Float8CurrentScalingQuantizer(te.formats[format], torch.device("cuda"))
+        return te.Float8CurrentScalingQuantizer(
+            te.formats[format], torch.device("cuda"), force_pow_2_scales=power_of_two
+        )
     return te.Float8BlockQuantizer(
         te.formats[format],
         rowwise=True,
@@ -134,9 +136,7 @@ def _delayed(quantizer: Quantizer, kind: Kind, x: Tensor, *, observed: bool) -> 
     """With the scale of the history. Where there is none, the tensor is read once more for its own. The kernel that
     rounds it finds its largest magnitude."""
     te, format, number = _load(), quantizer.config.format(kind), KINDS.index(kind)
-    earlier = quantizer.amax_history[:, number].amax(-1)
-    if not quantizer.has_history:
-        earlier = x.abs().amax().float().view(1)
-    seen = quantizer.amax[:, number] if observed else torch.zeros_like(earlier)
-    scale = scale_of(earlier, format, torch.float32, power_of_two=False)
+    largest = quantizer.earlier(kind) if quantizer.has_history else x.abs().amax().float().view(1)
+    seen = quantizer.amax[:, number] if observed else torch.zeros_like(largest)
+    scale = scale_of(largest, format, torch.float32, power_of_two=quantizer.config.power_of_two)
     return te.Float8Quantizer(scale, seen, te.formats[format])

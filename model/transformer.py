@@ -9,7 +9,7 @@ report writes the two halves the other way round; this is the order of the publi
 head of the depth before it sees, after its norm, as in the programs that serve those weights.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -19,7 +19,9 @@ from torch.nn import functional as F
 from model.attention import AttentionContext, LatentCache, SequenceParts, causal_mask, document_mask
 from model.block import Block, MultiTokenBlock, RouterStats
 from model.config import ModelConfig
+from model.experts import RoutedExperts
 from model.fp8 import Fp8, Fp8Config
+from model.linear import Linear
 from model.loss import cross_entropy
 from model.norm import RMSNorm
 from model.recompute import Execution, Recompute
@@ -60,6 +62,24 @@ def whole_model(config: ModelConfig) -> ModelPart:
         first_expert=0,
         num_local_experts=config.n_routed_experts,
     )
+
+
+def products_in_fp8(config: ModelConfig, fp8: Fp8Config) -> tuple[list[str], list[str]]:
+    """The products of a layer that are in FP8 and those that are not, of the parts that may be; by name in the layers
+    that have them, such as `self_attn.o_proj`."""
+    moe = tuple(index for index in config.moe_layers if index < config.num_hidden_layers)
+    part = replace(whole_model(config), layers=(0, *moe[:1]), embedding=False, head=False, num_local_experts=1)
+    with torch.device("meta"):
+        model = Transformer(config, part, fp8=fp8)
+    found: dict[str, bool] = {}
+    for name, module in model.named_modules():
+        short = name.partition(".")[2].partition(".")[2]
+        if isinstance(module, Linear):
+            found[short] = module.quantizer is not None
+        elif isinstance(module, RoutedExperts):
+            found[f"{short}.gate_up_proj"] = module.gate_up_quantizer is not None
+            found[f"{short}.down_proj"] = module.down_quantizer is not None
+    return [name for name, is_low in found.items() if is_low], [name for name, is_low in found.items() if not is_low]
 
 
 class Head(nn.Module):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from model.fp8 import KINDS, Monitor, Quantizer, quantizers
+from model.fp8 import KINDS, Fp8, Quantizer, quantizers
 from model.transformer import Transformer
 from parallel.mesh import Mesh
 
@@ -30,14 +30,16 @@ def _maximum(members: list[Quantizer], group: dist.ProcessGroup) -> None:
         member.amax.copy_(part.view_as(member.amax))
 
 
-def fp8_metrics(monitor: Monitor, mesh: Mesh, device: torch.device) -> dict[str, float]:
-    """Of the values of a step that were not zero, over all ranks: the largest magnitude by kind of tensor, which share
-    became zero (`underflow`) and which was cut off (`overflow`). Empties the monitor. A collective of all ranks."""
-    sums = monitor.sums
+def fp8_metrics(fp8: Fp8, mesh: Mesh, device: torch.device) -> dict[str, float]:
+    """Of the values of a step that were not zero, over all ranks: the largest magnitude by kind of tensor (of a
+    gradient, that of the loss of one micro-batch), which share became zero (`underflow`) and which was cut off
+    (`overflow`). Empties the monitor. A collective of all ranks."""
+    sums = fp8.monitor.sums
     if sums is None:
         sums = torch.zeros(2, len(KINDS), 4, dtype=torch.float64, device=device)
-    monitor.sums = None
+    fp8.monitor.sums = None
     largest, counts = sums[..., 0].amax(0), _once(sums[..., 1:], mesh).sum(0)
+    largest[KINDS.index("gradient")] /= fp8.gradient_unit
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     dist.all_reduce(counts)
     metrics: dict[str, float] = {}

@@ -10,6 +10,8 @@ from typing import Any
 from data.loader import BatchLoader, BatchSpec
 from data.stream import SampleStream
 from model.counts import count_parameters, training_flops_per_token
+from model.fp8 import Fp8Config
+from model.transformer import products_in_fp8
 from parallel.heartbeat import watch_ranks
 from parallel.launch import Place
 from pretrain.assemble import DTYPES, Assembly, assemble, failing_together, open_data, verify_data
@@ -47,6 +49,8 @@ def train(config: Config, place: Place) -> bool:
             recorder = _open_recorder(run, state)
         with recorder:
             recorder.say(_describe_start(run, state))
+            if run.config.precision.fp8 != "off":
+                recorder.say(describe_fp8(run.config, run.model.execution.fp8.config))
             return _loop(run, state, held_out, recorder, stop)
 
 
@@ -194,6 +198,13 @@ def _open_recorder(run: Assembly, state: TrainState) -> Recorder:
     train = run.config.train
     goal = Goal("step", state.step, train.steps) if train.steps else Goal("tokens", state.tokens, train.tokens)
     return Recorder(run.folder, run.config.logging, step=state.step, goal=goal)
+
+
+def describe_fp8(config: Config, fp8: Fp8Config) -> str:
+    """Which products are in FP8, and which are not though they could be: by their sizes, or by what a device gains."""
+    low, high = products_in_fp8(config.model, fp8)
+    rest = f"; in {config.precision.dtype}: {', '.join(high)}" if high else ""
+    return f"fp8 = {config.precision.fp8}: {', '.join(low) or 'nothing'}{rest}"
 
 
 def _describe_start(run: Assembly, state: TrainState) -> str:

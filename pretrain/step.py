@@ -44,7 +44,7 @@ def train_step(
     monitor.active = monitors_fp8
     sums, load = _accumulate_gradients(run, batch, values)
     end_fp8_step(run.model, run.mesh)
-    fp8 = fp8_metrics(monitor, run.mesh, run.place.device) if monitors_fp8 else {}
+    fp8 = fp8_metrics(run.model.execution.fp8, run.mesh, run.place.device) if monitors_fp8 else {}
     totals = torch.cat((sums, sums.new_tensor([stop_requested]), load.flatten().to(sums.dtype)))
     totals = sum_over_processes(totals).cpu()
     lm_loss, mtp_loss, balance_loss, stops = totals[:4].tolist()
@@ -92,3 +92,5 @@ def _micro_batches(run: Assembly, batch: Batch) -> list[MicroBatch]:
         return [MicroBatch(part) for part in tokens]
     documents = [part.to(device, non_blocking=True) for part in batch.documents.split(size)]
     return [MicroBatch(*pair) for pair in zip(tokens, documents, strict=True)]
+    # A rank's loss is the mean over its positions, of which there are fewer where they are divided.
+    run.model.execution.fp8.gradient_unit = each * shape.cp

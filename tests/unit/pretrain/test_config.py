@@ -140,7 +140,7 @@ MISTAKES = {
     ),
     "unknown key without a near one": (
         ["precision.zzz=1"],
-        "precision.zzz is not a known key; known here: dtype, fp8",
+        "precision.zzz is not a known key; known here: dtype, fp8, fp8_power_of_two",
     ),
     "unknown key in a piece": (
         ["timeline.learning_rate=[{value=1, untill=10}, {value=2}]"],
@@ -296,6 +296,18 @@ MISTAKES = {
     "negative piece": (
         ["timeline.mtp_weight=[{value=-1, until=10}, {value=2}]"],
         "timeline.mtp_weight, piece 1: value = -1.0 must be a finite number, not below 0",
+    ),
+    "unknown recipe of FP8": (
+        ["precision.fp8=mxfp8"],
+        "precision.fp8 = 'mxfp8' must be 'off' or 'block' or 'current' or 'delayed'",
+    ),
+    "scales without FP8": (
+        ["precision.fp8_power_of_two=false"],
+        'precision.fp8_power_of_two = false has no effect with fp8 = "off"; remove it, or set fp8',
+    ),
+    "monitors at negative steps": (
+        ["logging.fp8_every=-1"],
+        "logging.fp8_every = -1 must not be negative; 0 is never",
     ),
     "piece without value": (
         ["timeline.learning_rate=[{until=10}, {value=2}]"],
