@@ -10,7 +10,6 @@ import torch
 
 from data.errors import DataError
 from data.stream import SampleStream, open_stream
-from model.fp8 import Fp8Config, parts_in_fp8
 from model.transformer import Transformer
 from parallel.build import build_executor, build_model, shared_parameters
 from parallel.executor import Executor
@@ -19,6 +18,7 @@ from parallel.mesh import Mesh, make_mesh
 from parallel.zero import Optimizer, ZeroConfig, make_optimizer
 from pretrain.config import Config
 from pretrain.errors import SharedError, UserError
+from pretrain.fp8 import check_fp8, fp8_config
 from pretrain.timeline import Timeline
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -64,7 +64,7 @@ def verify_data(stream: SampleStream, place: Place) -> None:
 def assemble(config: Config, place: Place, stream: SampleStream) -> Assembly:
     """Builds model and optimizer. Processes must have been joined. Raises UserError for sizes the device cannot do."""
     _check_sizes(config, place)
-    _check_fp8(config, place)
+    check_fp8(config, place.device)
     if config.run.deterministic:
         # cuBLAS repeats its bits only with a workspace of fixed size.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -73,7 +73,12 @@ def assemble(config: Config, place: Place, stream: SampleStream) -> Assembly:
     parallel = config.parallel
     mesh = make_mesh(parallel.mesh_shape(place.world_size, node_size=place.node_size))
     model = build_model(
-        config.model, parallel, mesh, seed=config.run.weights_seed, device=place.device, fp8=_fp8(config, place)
+        config.model,
+        parallel,
+        mesh,
+        seed=config.run.weights_seed,
+        device=place.device,
+        fp8=fp8_config(config, place.device.type),
     )
     optimizer = make_optimizer(
         model,
@@ -86,25 +91,6 @@ def assemble(config: Config, place: Place, stream: SampleStream) -> Assembly:
     )
     executor = build_executor(model, parallel, mesh, defers=optimizer.defers_weight_gradients)
     return Assembly(config, place, mesh, config.full_timeline, stream, model, optimizer, executor)
-
-
-def _fp8(config: Config, place: Place) -> Fp8Config:
-    return Fp8Config(
-        recipe=config.precision.fp8,
-        power_of_two=config.precision.fp8_power_of_two,
-        parts=parts_in_fp8(place.device.type),
-        keeps_weights=config.parallel.zero_stage < 3,
-    )
-
-
-def _check_fp8(config: Config, place: Place) -> None:
-    recipe = config.precision.fp8
-    if recipe == "off" or place.device.type != "cuda":
-        return
-    from model.te import reason_against
-
-    if reason := reason_against(recipe):
-        raise UserError(f'precision.fp8 = "{recipe}" is not possible here: {reason}; or set precision.fp8 = "off"')
 
 
 def _check_sizes(config: Config, place: Place) -> None:

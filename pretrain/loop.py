@@ -10,13 +10,12 @@ from typing import Any
 from data.loader import BatchLoader, BatchSpec
 from data.stream import SampleStream
 from model.counts import count_parameters, training_flops_per_token
-from model.fp8 import Fp8Config
-from model.transformer import products_in_fp8
 from parallel.heartbeat import watch_ranks
 from parallel.launch import Place
 from pretrain.assemble import DTYPES, Assembly, assemble, failing_together, open_data, verify_data
 from pretrain.config import Config, TrainConfig, dump_config
 from pretrain.evaluate import HeldOut, open_held_out
+from pretrain.fp8 import describe_fp8, monitors_fp8
 from pretrain.recorder import Goal, Recorder, SilentRecorder, max_memory_gib, peak_tflops
 from pretrain.state import TrainState, first_state, resume, save
 from pretrain.step import StepResult, train_step
@@ -177,12 +176,6 @@ class _Meter:
         return metrics
 
 
-def monitors_fp8(config: Config, step: int) -> bool:
-    """Whether metrics of FP8 are wanted for a step, counted from 1."""
-    every = config.logging.fp8_every
-    return config.precision.fp8 != "off" and every > 0 and step % every == 0
-
-
 def _save(run: Assembly, state: TrainState, recorder: Recorder) -> int:
     began = time.perf_counter()
     save(run, state)
@@ -198,13 +191,6 @@ def _open_recorder(run: Assembly, state: TrainState) -> Recorder:
     train = run.config.train
     goal = Goal("step", state.step, train.steps) if train.steps else Goal("tokens", state.tokens, train.tokens)
     return Recorder(run.folder, run.config.logging, step=state.step, goal=goal)
-
-
-def describe_fp8(config: Config, fp8: Fp8Config) -> str:
-    """Which products are in FP8, and which are not though they could be: by their sizes, or by what a device gains."""
-    low, high = products_in_fp8(config.model, fp8)
-    rest = f"; in {config.precision.dtype}: {', '.join(high)}" if high else ""
-    return f"fp8 = {config.precision.fp8}: {', '.join(low) or 'nothing'}{rest}"
 
 
 def _describe_start(run: Assembly, state: TrainState) -> str:

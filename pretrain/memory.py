@@ -16,6 +16,8 @@ from functools import cache
 import torch
 
 from model.config import ModelConfig
+from model.fp8 import Fp8Config
+from model.linear import Linear
 from model.transformer import ModelPart, Transformer
 from parallel.optimizer import OptimizerConfig, is_expert
 from parallel.schedule import Schedule, make_schedule
@@ -113,6 +115,7 @@ def rank_memories(
     optimizer: OptimizerConfig,
     world_size: int,
     num_micro_batches: int,
+    fp8: Fp8Config | None = None,
 ) -> tuple[Memory, ...]:
     """The memory of a rank at each place of the pipeline, all micro-batches of which are `num_micro_batches`."""
     parallel, model = activations.parallel, activations.model
@@ -143,7 +146,11 @@ def rank_memories(
         memories.append(
             Memory(
                 held=_held(sizes, division),
-                activations=(*live, Part("backward pass", backward, "its largest gradients, what it computes again")),
+                activations=(
+                    *live,
+                    *_rounded(model, part, fp8),
+                    Part("backward pass", backward, "its largest gradients, what it computes again"),
+                ),
                 step=_step_buffers(sizes, division),
                 live=peaks[place],
                 on_host=_optimizer_bytes(sizes, division) if division.offload else 0,
@@ -165,6 +172,20 @@ def parameter_sizes(model: ModelConfig, part: ModelPart | None = None) -> Parame
         experts=experts,
         largest=max(p.numel() for p in parameters.values()),
     )
+
+
+def _rounded(model: ModelConfig, part: ModelPart, fp8: Fp8Config | None) -> tuple[Part, ...]:
+    size = rounded_weights(model, part, fp8) if fp8 is not None and fp8.keeps_weights else 0
+    return (Part("weights in FP8", size, "rounded once a step, as they are and transposed"),) if size else ()
+
+
+@cache
+def rounded_weights(model: ModelConfig, part: ModelPart, fp8: Fp8Config) -> int:
+    """Bytes of the weights of a part of the network in FP8, twice, without the few of their scales."""
+    with torch.device("meta"):
+        modules = list(Transformer(model, part, fp8=fp8).modules())
+    layers = [module for module in modules if isinstance(module, Linear) and module.quantizer is not None]
+    return 2 * sum(layer.weight.numel() for layer in layers)
 
 
 def _activations(activations: Activations, schedule: Schedule, place: int, *, defers: bool) -> tuple[Part, ...]:

@@ -16,6 +16,7 @@ from parallel.stages import split_layers
 from pretrain.activations import Activations
 from pretrain.config import Config, TrainConfig, check_layout
 from pretrain.errors import UserError
+from pretrain.fp8 import fp8_config
 from pretrain.memory import DEVICE_OVERHEAD, GIB, Memory, rank_memories
 from pretrain.timeline import Timeline, TimelineValues
 
@@ -204,6 +205,7 @@ def _memories(config: Config, world_size: int) -> tuple[Memory, ...]:
         optimizer=config.optimizer,
         world_size=world_size,
         num_micro_batches=max(sizes) // (data_ranks * train.micro_batch_size),
+        fp8=fp8_config(config, "cuda"),
     )
 
 

@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from model.config import ModelConfig
+from model.fp8 import Fp8Config, parts_in_fp8
+from model.transformer import whole_model
 from parallel.build import build_executor, build_model, placement, shared_parameters
 from parallel.chunk import LossWeights, MicroBatch, Outcome
 from parallel.config import ParallelConfig
@@ -26,7 +28,7 @@ from parallel.zero import ZeroConfig, load_deepspeed, make_optimizer
 from pretrain import memory
 from pretrain.activations import Activations, Sizes, peak_of_live
 from pretrain.config import load_config
-from pretrain.memory import Memory, rank_memories, total
+from pretrain.memory import Memory, rank_memories, rounded_weights, total
 from pretrain.plan import plan
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -292,3 +294,12 @@ def test_tokens_are_copied_to_the_ranks_of_their_experts() -> None:
         hit_ranks += len((experts // 4).unique())
     assert nodes == pytest.approx(hit_nodes / 2000, rel=0.01)
     assert ranks == pytest.approx(hit_ranks / 2000, rel=0.01)
+
+
+def test_rounded_weights_are_kept_twice() -> None:
+    model = load_config(PROJECT / "configs/dsv3_2b.toml").model
+    fp8 = Fp8Config(recipe="block", parts=parts_in_fp8("cuda"))
+    attention = 2048 * (16 * 192 + 512 + 64) + 512 * 16 * 256 + 16 * 128 * 2048
+    mlps = 3 * 2048 * (8192 + 6 * 2 * 1024)
+    assert rounded_weights(model, whole_model(model), fp8) == 2 * (7 * attention + mlps)
+    assert rounded_weights(model, whole_model(model), Fp8Config()) == 0
