@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.config import ModelConfig
+from model.fp8_experts import can_fuse, fused_experts
 from model.linear import Linear, WeightGradients, grouped_linear
 from model.permute import Copies, collect, pick, spread
 from model.recompute import Execution
@@ -61,10 +62,14 @@ class RoutedExperts(nn.Module):
         weighted."""
         later = self._weight_gradients if defers else WeightGradients()
         copies, counts = sort_by_expert(routed, len(self.gate_up_proj))
+        first, second = self.gate_up_quantizer, self.down_quantizer
+        if first is not None and second is not None and can_fuse(routed.rows, self.gate_up_proj, first):
+            matrices = self.gate_up_proj, self.down_proj
+            return fused_experts(routed.rows, routed.weights, matrices, (first, second), copies, counts, later)
         rows = self._recompute.again("expert_rows", partial(spread, copies=copies), routed.rows)
-        gate_up = grouped_linear(rows, self.gate_up_proj, counts, later, self.gate_up_quantizer)
+        gate_up = grouped_linear(rows, self.gate_up_proj, counts, later, first)
         inner = self._recompute.again("swiglu", swiglu, gate_up, pick(routed.weights, copies))
-        return collect(grouped_linear(inner, self.down_proj, counts, later, self.down_quantizer), copies)
+        return collect(grouped_linear(inner, self.down_proj, counts, later, second), copies)
 
 
 def sort_by_expert(routed: RoutedRows, num_experts: int) -> tuple[Copies, Tensor]:
