@@ -14,7 +14,8 @@ Routed experts have replicas only on the ranks with the same experts. They are d
 expert sees the tokens of all R ranks.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
@@ -27,6 +28,7 @@ from model.linear import add_gradient
 from parallel.mesh import Mesh
 
 EXPERTS = ".mlp.experts."
+Accepts = Callable[[float], bool]
 _ELEMENTS_AT_ONCE = 1 << 24
 
 
@@ -83,9 +85,10 @@ class Optimizer(Protocol):
     def accumulating(self) -> AbstractContextManager[None]:
         """Is to surround all backward passes of a step."""
 
-    def step(self, learning_rate: float) -> tuple[float, bool]:
-        """Ends the step; returns the norm of the mean gradient before clipping, and whether weights were updated (they
-        are not when the norm is not finite)."""
+    def step(self, learning_rate: float, accepts: Accepts = math.isfinite) -> tuple[float, bool]:
+        """Ends the step; returns the norm of the mean gradient before clipping, and whether weights were updated. They
+        are not, nor is any other state, when the norm is not finite or when `accepts`, asked with it before anything is
+        changed, says no; it must say the same on every rank."""
 
     def shards(self) -> Iterator[OptimizerShard]:
         """This rank's share of all parameters, in the order of their names in the module."""

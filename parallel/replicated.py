@@ -13,6 +13,7 @@ from torch import distributed as dist
 
 from parallel.mesh import Mesh
 from parallel.optimizer import (
+    Accepts,
     AdamW,
     OptimizerConfig,
     OptimizerShard,
@@ -68,7 +69,7 @@ class ReplicatedOptimizer:
         return nullcontext()
 
     @torch.no_grad()
-    def step(self, learning_rate: float) -> tuple[float, bool]:
+    def step(self, learning_rate: float, accepts: Accepts = math.isfinite) -> tuple[float, bool]:
         """Ends the step; returns the norm of the mean gradient before clipping, and whether weights were updated."""
         for parameter in self._parameters.values():
             gradient_sum(parameter)
@@ -77,7 +78,7 @@ class ReplicatedOptimizer:
         dist.all_reduce(self._expert_sum, group=self._mesh.expert_replicas)
         num_replicas = self._mesh.replicas.size()
         norm = float(self._norm()) / num_replicas
-        if updated := math.isfinite(norm):
+        if updated := math.isfinite(norm) and accepts(norm):
             for group in self._adam.param_groups:
                 group["lr"] = learning_rate
             self._adam.step_scaled(clipping(norm, self._config.clip) / num_replicas, self._rounded)

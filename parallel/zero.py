@@ -30,8 +30,9 @@ import torch
 from torch import Tensor, nn
 
 from parallel.mesh import Mesh
-from parallel.mpu import Mpu
+from parallel.mpu import Mpu, settings
 from parallel.optimizer import (
+    Accepts,
     AdamW,
     Optimizer,
     OptimizerConfig,
@@ -89,6 +90,8 @@ def make_optimizer(
 class ZeroOptimizer:
     """A module under DeepSpeed ZeRO."""
 
+    _norm_method = "scaled_global_norm"
+
     def __init__(
         self,
         module: nn.Module,
@@ -113,27 +116,30 @@ class ZeroOptimizer:
                 model=root,
                 optimizer=AdamW(groups, config),
                 mpu=Mpu(mesh),
-                config=_deepspeed_config(config, zero, dtype, micro_batch_size),
+                config=settings(config, zero, dtype, micro_batch_size, BUCKET_ELEMENTS),
                 dist_init_required=False,
             )
         self._zero = self._engine.optimizer
         self._comm, self._utils = deepspeed.comm, importlib.import_module("deepspeed.runtime.utils")
         self._gradients = _gradients(self._zero, list(root.parameters()), zero, dtype)
         self._start_moments()
+        if hasattr(self._zero, self._norm_method):
+            self._judge_norms()
 
     def accumulating(self) -> AbstractContextManager[None]:
         """Is to surround all backward passes of a step."""
         return self._gradients.accumulating()
 
-    def step(self, learning_rate: float) -> tuple[float, bool]:
+    def step(self, learning_rate: float, accepts: Accepts = math.isfinite) -> tuple[float, bool]:
         """Ends the step; returns the norm of the mean gradient before clipping, and whether weights were updated."""
+        self._accepts, self._last_norm = accepts, math.inf
         for group in self._zero.param_groups:
             group["lr"] = learning_rate
         sum_over_ends(self.module, self._shared, self._mesh)
         self._gradients.hand_over()
         self._engine.step()
         self._gradients.forget()
-        return float(self._engine.get_global_grad_norm()), not self._zero.overflow
+        return self._last_norm, not self._zero.overflow
 
     def shards(self) -> Iterator[OptimizerShard]:
         """This rank's share of all parameters, in the order of their names in the module."""
@@ -148,6 +154,20 @@ class ZeroOptimizer:
         """After writing to the shards: makes the weights those of the masters and sets Adam's count of updates."""
         self._zero.optimizer.set_updates(updates)
         self._write_weights()
+
+    def _judge_norms(self) -> None:
+        """DeepSpeed drops a step whose norm is not finite, so that of one that is not accepted becomes infinite."""
+        compute = getattr(self._zero, self._norm_method)
+
+        def judged() -> Any:
+            norms = compute()
+            is_list = isinstance(norms, list)
+            self._last_norm = norm = float(self._utils.combine_grad_norm_groups(norms if is_list else [norms]))
+            if not math.isfinite(norm) or self._accepts(norm):
+                return norms
+            return [math.inf] if is_list else math.inf
+
+        setattr(self._zero, self._norm_method, judged)
 
     def _start_moments(self) -> None:
         self._zero.optimizer.start()
@@ -181,7 +201,7 @@ class _OnePassOptimizer(ZeroOptimizer):
     zeroes twice. Here its parts are called in its order, and AdamW does all of that in its one pass."""
 
     @torch.no_grad()
-    def step(self, learning_rate: float) -> tuple[float, bool]:
+    def step(self, learning_rate: float, accepts: Accepts = math.isfinite) -> tuple[float, bool]:
         """Ends the step; returns the norm of the mean gradient before clipping, and whether weights were updated."""
         wrapper, num_replicas = self._zero, self._mesh.replicas.size()
         self._gradients.hand_over()
@@ -190,7 +210,7 @@ class _OnePassOptimizer(ZeroOptimizer):
             if group.size() > 1:
                 self._comm.all_reduce(sums, group=group)
         norm = self._norm() / num_replicas
-        if updated := math.isfinite(norm):
+        if updated := math.isfinite(norm) and accepts(norm):
             for group in wrapper.param_groups:
                 group["lr"] = learning_rate
             self._update(clipping(norm, self._config.clip) / num_replicas)
@@ -225,6 +245,8 @@ class _OnePassOptimizer(ZeroOptimizer):
 
 class _DividedWeightsOptimizer(ZeroOptimizer):
     """Stage 3, where a parameter is gathered while its module runs and is a fragment otherwise."""
+
+    _norm_method = "_get_norm_groups"
 
     def _start_moments(self) -> None:
         # Its flat parts are in the groups only while they are updated.
@@ -463,29 +485,6 @@ def _ranks_with(rank: int, partition: list[tuple[int, ...]]) -> list[int]:
     return next(list(ranks) for ranks in partition if rank in ranks)
 
 
-def _deepspeed_config(
-    config: OptimizerConfig, zero: ZeroConfig, dtype: torch.dtype, micro_batch_size: int
-) -> dict[str, Any]:
-    return {
-        "train_micro_batch_size_per_gpu": micro_batch_size,
-        "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,
-        "gradient_clipping": config.clip,
-        "steps_per_print": None,
-        "bf16": {"enabled": dtype == torch.bfloat16},
-        "communication_data_type": "fp32",
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {
-            "stage": zero.stage,
-            "offload_optimizer": {"device": zero.offload, "pin_memory": torch.cuda.is_available()},
-            "overlap_comm": False,
-            "reduce_bucket_size": BUCKET_ELEMENTS,
-            "allgather_bucket_size": BUCKET_ELEMENTS,
-        },
-    }
-
-
 def load_deepspeed() -> Any:
     """Imports DeepSpeed for the devices torch sees, and keeps it from compiling collectives of its own for CPUs, for
     which gloo serves. To be called before processes are joined: once they are, the import alone compiles them."""
@@ -494,6 +493,7 @@ def load_deepspeed() -> Any:
     warnings.filterwarnings("ignore", "`torch.distributed.*deprecated", FutureWarning)
     deepspeed = importlib.import_module("deepspeed")
     deepspeed.utils.logger.setLevel(logging.WARNING)
+    deepspeed.utils.logger.addFilter(lambda record: "OVERFLOW" not in record.getMessage())  # Ours to tell.
     importlib.import_module("deepspeed.comm.torch").__dict__["build_shm_op"] = lambda: None
     tested = importlib.import_module("deepspeed.runtime.zero.utils").ZERO_SUPPORTED_OPTIMIZERS
     tested += [AdamW] if AdamW not in tested else []

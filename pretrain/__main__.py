@@ -16,7 +16,8 @@ Number = TypeVar("Number", int, float)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status: 0 done, 2 a mistake of the user's, 3 a gap that is not within its
-    limit, 75 stopped early with a checkpoint written, 76 another rank was lost, 130 interrupted without one."""
+    limit, 75 stopped early with a checkpoint written, 76 another rank was lost or none made progress, 77 a host is
+    unhealthy, 78 stopped by a guard, 130 interrupted without a checkpoint."""
     arguments = build_parser().parse_args(argv)
     from data.errors import DataError
     from parallel.launch import LaunchError
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(getattr(commands, arguments.function)(arguments))
     except (UserError, DataError, LaunchError) as error:
         tell_mistake(error)
-        return USER_MISTAKE
+        return getattr(error, "exit_status", USER_MISTAKE)
     except BrokenPipeError:
         sys.stderr.close()
         return DONE

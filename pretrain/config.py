@@ -25,6 +25,7 @@ from parallel.config import ParallelConfig
 from parallel.schedule import make_schedule
 from parallel.zero import OptimizerConfig
 from pretrain.errors import UserError
+from pretrain.guards import GuardsConfig
 from pretrain.timeline import Timeline, TimelineConfig, value_at
 
 Table = dict[str, Any]
@@ -162,6 +163,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
 
     @property
     def full_timeline(self) -> Timeline:
@@ -397,6 +399,11 @@ def _check_between_tables(config: Config) -> None:
         raise UserError(
             f"timeline.batch_size_multiple = {timeline.batch_size_multiple} rounds timeline.batch_size, but the batch "
             f"is constant, train.batch_size = {train.batch_size}; remove one of them"
+        )
+    if config.guards.on_spike == "rollback" and not config.checkpoint.every:
+        raise UserError(
+            'guards.on_spike = "rollback" goes back to the newest checkpoint, but checkpoint.every = 0 saves only at '
+            'the end; set it, or use guards.on_spike = "skip"'
         )
     for key, length in _sequence_lengths(config).items():
         if config.model.num_nextn_predict_layers >= length:

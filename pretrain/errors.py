@@ -4,12 +4,22 @@ DONE = 0
 USER_MISTAKE = 2
 GAP_TOO_LARGE = 3
 STOPPED_EARLY = 75
+UNHEALTHY_HOSTS = 77
+STOPPED_BY_GUARD = 78
 INTERRUPTED = 130
 
 
 class UserError(ValueError):
     """A mistake in configuration, data or arguments; the message names the key, the value, the rule and the remedy."""
 
+    exit_status = USER_MISTAKE
+
 
 class SharedError(UserError):
     """A mistake that every process knows of, whichever met it; the first tells the user."""
+
+
+class GuardError(SharedError):
+    """The training cannot go on without somebody who looks at it; every process knows why."""
+
+    exit_status = STOPPED_BY_GUARD

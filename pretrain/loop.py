@@ -4,7 +4,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from data.loader import BatchLoader, BatchSpec
@@ -16,9 +16,10 @@ from pretrain.assemble import DTYPES, Assembly, assemble, failing_together, open
 from pretrain.config import Config, TrainConfig, dump_config
 from pretrain.evaluate import HeldOut, open_held_out
 from pretrain.fp8 import describe_fp8, monitors_fp8
+from pretrain.guarding import guard_of, roll_back, take_step, tell
 from pretrain.recorder import Goal, Recorder, SilentRecorder, max_memory_gib, peak_tflops
 from pretrain.state import TrainState, first_state, resume, save
-from pretrain.step import StepResult, train_step
+from pretrain.step import StepResult
 from pretrain.timeline import Timeline, TimelineValues
 
 
@@ -44,43 +45,57 @@ def train(config: Config, place: Place) -> bool:
             verify_data(stream, place)
         run = assemble(config, place, stream)
         state = resume(run) or first_state(run)
-        with failing_together():
-            recorder = _open_recorder(run, state)
-        with recorder:
-            recorder.say(_describe_start(run, state))
-            if run.config.precision.fp8 != "off":
-                recorder.say(describe_fp8(run.config, run.model.execution.fp8.config))
-            return _loop(run, state, held_out, recorder, stop)
+        while True:
+            ended = _train_from(run, state, held_out, stop)
+            if not ended.rolls_back:
+                return config.train.is_end(ended.state.step, ended.state.tokens)
+            state = roll_back(run, ended.state)
 
 
-def _loop(run: Assembly, state: TrainState, held_out: HeldOut | None, recorder: Recorder, stop: StopRequest) -> bool:
+@dataclass(frozen=True)
+class _Ended:
+    """The state in which the loop ended, and whether it is to go on from the newest checkpoint, with the samples after
+    this state."""
+
+    state: TrainState
+    rolls_back: bool = False
+
+
+def _train_from(run: Assembly, state: TrainState, held_out: HeldOut | None, stop: StopRequest) -> _Ended:
+    with failing_together():
+        recorder = _open_recorder(run, state)
+    with recorder:
+        recorder.say(_describe_start(run, state))
+        if run.config.precision.fp8 != "off":
+            recorder.say(describe_fp8(run.config, run.model.execution.fp8.config))
+        return _loop(run, state, held_out, recorder, stop)
+
+
+def _loop(run: Assembly, state: TrainState, held_out: HeldOut | None, recorder: Recorder, stop: StopRequest) -> _Ended:
     saved_step = state.step if state.step else None
     train_config = run.config.train
     meter = _Meter(run)
-    with BatchLoader(
-        run.stream,
-        plan_batches(run.timeline, run.stream, state, train_config),
-        dp_rank=run.mesh.shape.dp_rank(run.place.rank),
-        dp_size=run.mesh.shape.dp,
-        prefetch=run.config.data.prefetch,
-        pin_memory=run.place.device.type == "cuda",
-    ) as batches:
+    with _open_batches(run, state) as batches:
         for batch in batches:
-            values = run.timeline.at(state.tokens)
-            result = train_step(
+            values, before = run.timeline.at(state.tokens), state
+            state, result, verdict = take_step(
                 run,
+                state,
                 batch,
                 values,
                 stop_requested=stop.requested,
                 monitors_fp8=monitors_fp8(run.config, state.step + 1),
             )
-            state = replace(state, position=batch.spec.position).after(batch.spec.batch_size, skipped=result.skipped)
             metrics = meter.measure(state, values, result)
             if held_out and (
                 state.step % train_config.validate_every == 0 or train_config.is_end(state.step, state.tokens)
             ):
                 metrics["val_loss"] = held_out.loss(run.executor, run.place, train_config.micro_batch_size)
             recorder.record(metrics)
+            if verdict != "fine":
+                tell(run, recorder, before, state, verdict, result)
+            if verdict == "spike" and run.config.guards.on_spike == "rollback":
+                return _Ended(state, rolls_back=True)
             if run.config.checkpoint.every and state.step % run.config.checkpoint.every == 0:
                 saved_step = _save(run, state, recorder)
             meter.restart()
@@ -90,7 +105,18 @@ def _loop(run: Assembly, state: TrainState, held_out: HeldOut | None, recorder: 
         _save(run, state, recorder)
     finished = train_config.is_end(state.step, state.tokens)
     recorder.say("finished" if finished else "stopped as asked; the same command goes on from here")
-    return finished
+    return _Ended(state)
+
+
+def _open_batches(run: Assembly, state: TrainState) -> BatchLoader:
+    return BatchLoader(
+        run.stream,
+        plan_batches(run.timeline, run.stream, state, run.config.train),
+        dp_rank=run.mesh.shape.dp_rank(run.place.rank),
+        dp_size=run.mesh.shape.dp,
+        prefetch=run.config.data.prefetch,
+        pin_memory=run.place.device.type == "cuda",
+    )
 
 
 def plan_batches(
@@ -168,6 +194,7 @@ class _Meter:
             "dead_experts": int((load == 0).sum()),
             "data_position": state.position.sample,
             "skipped": state.skipped,
+            "spikes": guard_of(state).spikes,
         }
         metrics.update(result.fp8)
         if state.step % self._run.config.logging.expert_load_every == 0:

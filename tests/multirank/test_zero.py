@@ -188,8 +188,12 @@ def train(case: Case, reference: Reference) -> dict[str, object]:
     norms = []
     for parts in reference.gradients:
         add_gradients(model, mesh, parts, optimizer)
+        refused_norm, updated = optimizer.step(LEARNING_RATE, lambda norm: False)
+        assert not updated
+        add_gradients(model, mesh, parts, optimizer)
         norm, updated = optimizer.step(LEARNING_RATE)
         assert updated
+        assert refused_norm == pytest.approx(norm, rel=1e-6)
         norms.append(norm)
     expected = {name: experts_here(name, reference.parameters[name], mesh) for name, _ in model.named_parameters()}
     masters, places = {}, []
@@ -298,20 +302,20 @@ def test_same_as_plain_torch(tmp_path: Path, world_size: int) -> None:
 
 
 def train_really(case: Case) -> dict[str, Any]:
-    """The executor runs the model on its own weights; the second step is a failure. Returns norms, the masters owned
-    here, and losses with halved masters."""
+    """The executor runs the model on its own weights; the second step is a failure and the third is not accepted.
+    Returns norms, the masters owned here, and losses with halved masters."""
     model, mesh, optimizer = build(case)
     layout = ParallelConfig(pp=case.pp, ep=case.ep, zero_stage=case.stage)
     executor = build_executor(model, layout, mesh, defers=optimizer.defers_weight_gradients)
-    generator = torch.Generator().manual_seed(1)
+    generator, other = torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)
     norms = []
-    for weight in (1.0, torch.inf, 1.0):
-        batch = torch.randint(0, 96, (MICRO_BATCHES, 18), generator=generator)
+    for weight, accepted in ((1.0, True), (torch.inf, True), (1.0, False), (1.0, True)):
+        batch = torch.randint(0, 96, (MICRO_BATCHES, 18), generator=generator if accepted else other)
         mine = [MicroBatch(tokens) for tokens in batch.chunk(case.world_size)[mesh.rank].split(1)]
         with optimizer.accumulating():
             executor.train(mine, LossWeights(weight / len(mine), 0.3 / len(mine), 1e-2 / len(mine)))
-        norm, updated = optimizer.step(LEARNING_RATE)
-        assert updated == (weight == 1.0)
+        norm, updated = optimizer.step(LEARNING_RATE, lambda norm, answer=accepted: answer)
+        assert updated == (accepted and weight == 1.0)
         norms += [norm] if updated else []
     masters = {
         f"{shard.name}@{shard.start}": shard.tensors["param"].tolist() for shard in optimizer.shards() if shard.owned

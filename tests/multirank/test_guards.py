@@ -1,0 +1,180 @@
+"""Faults planted into runs of several ranks: what each costs, and what is said about it."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from layout_runs import RUN
+from support import read_metrics, run_ranks, small_model_toml, write_dataset
+from torch import Tensor
+
+import pretrain.guarding
+import pretrain.loop
+from data.loader import Batch
+from parallel.launch import Place
+from parallel.zero import load_deepspeed
+from pretrain.assemble import Assembly
+from pretrain.config import load_config
+from pretrain.errors import GuardError
+from pretrain.step import StepResult, train_step
+
+BATCH = 4
+GUARDS = ["guards.spike_window=8", "guards.max_skipped_in_a_row=3", 'guards.on_spike="skip"']
+
+
+@dataclass(frozen=True)
+class Planted:
+    """In the step with these samples, `factor` times a gradient or a state, on one rank or on all (-1)."""
+
+    what: str
+    factor: float
+    rank: int = -1
+
+
+@contextmanager
+def planted(run: Assembly, fault: Planted | None) -> Iterator[None]:
+    if fault is None or fault.rank not in (-1, run.place.rank):
+        yield
+        return
+    if fault.what == "gradient":
+        hook: Any = run.model.norm.weight.register_hook(lambda gradient: gradient * fault.factor)
+    else:
+        hook = run.model.norm.register_forward_hook(lambda module, inputs, output: output * fault.factor)
+    yield
+    hook.remove()
+
+
+def digest(run: Assembly) -> list[bytes]:
+    """The bits of all that a skipped step must not change."""
+    tensors: list[Tensor] = [tensor for shard in run.optimizer.shards() for tensor in shard.tensors.values()]
+    tensors += run.model.expert_biases().values()
+    if run.config.parallel.zero_stage < 3:
+        tensors += run.model.parameters()
+    return [tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes() for tensor in tensors]
+
+
+def train_with_faults(
+    rank: int, world_size: int, path: Path, overrides: list[str], faults: Mapping[int, Planted]
+) -> dict[str, Any]:
+    """Trains on this rank; `faults` by the number of the first sample. Returns the samples of steps that left
+    everything as it was, and the error."""
+    unchanged, said = [], ""
+
+    def sabotaged(run: Assembly, batch: Batch, *arguments: Any, **named: Any) -> StepResult:
+        before, sample = digest(run), batch.spec.position.sample
+        with planted(run, faults.get(sample)):
+            result = train_step(run, batch, *arguments, **named)
+        if digest(run) == before:
+            unchanged.append(sample)
+        assert result.skipped == (digest(run) == before)
+        return result
+
+    pretrain.guarding.train_step = sabotaged
+    # The heartbeat needs the store of a real launch.
+    pretrain.loop.watch_ranks = lambda place, pace=None: nullcontext()
+    try:
+        pretrain.loop.train(load_config(path, overrides), Place(rank, world_size, rank, torch.device("cpu")))
+    except GuardError as error:
+        said = str(error)
+    return {"unchanged": unchanged, "said": said}
+
+
+def start(
+    folder: Path, *overrides: str, faults: Mapping[int, Planted], world_size: int = 2, steps: int = 12
+) -> tuple[list[dict[str, Any]], Path]:
+    """A run of `steps` steps of 4 samples."""
+    load_deepspeed()
+    if not (folder / "data").exists():
+        write_dataset(folder / "data")
+    path = folder / "run.toml"
+    path.write_text(RUN.format(folder=folder, model=small_model_toml(), dtype="fp32", rate=1e-3))
+    meeting = folder / f"meeting{len(list(folder.iterdir()))}"
+    meeting.mkdir()
+    everything = [*GUARDS, f"train.batch_size={BATCH}", f"train.steps={steps}", "logging.tensorboard=false", *overrides]
+    answers = run_ranks(world_size, train_with_faults, world_size, path, everything, faults, folder=meeting)
+    return answers, folder / "layout"
+
+
+@pytest.mark.parametrize("what", ["gradient", "state"])
+@pytest.mark.parametrize(
+    "layout", [["precision.dtype=bf16"], ["parallel.zero_stage=0"], ["parallel.zero_stage=2", "parallel.ep=2"]], ids=str
+)
+def test_one_nan_on_one_rank_costs_one_step_on_all(tmp_path: Path, what: str, layout: list[str]) -> None:
+    answers, run = start(tmp_path, *layout, faults={12: Planted(what, math.nan, rank=1)}, steps=6)
+    assert [answer["unchanged"] for answer in answers] == [[12]] * 2
+    metrics = read_metrics(run)
+    assert [line["skipped"] for line in metrics] == [0, 0, 0, 1, 1, 1]
+    assert metrics[3]["grad_norm"] is None
+    assert (metrics[3]["loss"] is None) == (what == "state")
+    log = (run / "log.txt").read_text()
+    assert "step 4: loss or gradient not finite, left out; samples 12 to 15" in log
+    assert ("\n  rank 1 on " in log) == (what == "state")
+    assert "rank 0 on" not in log
+
+
+@pytest.mark.parametrize("layout", [["parallel.zero_stage=1"], ["parallel.zero_stage=3"]], ids=str)
+def test_too_many_in_a_row_stop_with_a_report(tmp_path: Path, layout: list[str]) -> None:
+    faults = {sample: Planted("gradient", math.inf, rank=1) for sample in (8, 12, 16)}
+    answers, run = start(tmp_path, *layout, faults=faults)
+    for answer in answers:
+        assert answer["unchanged"] == [8, 12, 16]
+        assert answer["said"].startswith("3 steps in a row were not finite (guards.max_skipped_in_a_row = 3)")
+        assert "step 5: loss or gradient not finite, left out; samples 16 to 19\n  rank 1 on " in answer["said"]
+        assert "its own gradients of norm.weight" in answer["said"]
+        assert "rank 0 on" not in answer["said"]
+    assert len(read_metrics(run)) == 5
+
+
+def test_a_spike_right_after_a_resume_is_skipped(tmp_path: Path) -> None:
+    spike = {32: Planted("gradient", 1e5)}
+    start(tmp_path, faults={}, steps=8)
+    answers, run = start(tmp_path, faults=spike, steps=12)
+    assert [answer["unchanged"] for answer in answers] == [[32]] * 2
+    metrics = read_metrics(run)
+    assert [line["spikes"] for line in metrics[7:]] == [0, 1, 1, 1, 1]
+    assert metrics[8]["grad_norm"] > 10 * metrics[7]["grad_norm"]
+    assert "step 9: spike: loss" in (run / "log.txt").read_text()
+
+
+def test_a_spike_without_the_window_of_the_checkpoint_is_missed(tmp_path: Path) -> None:
+    """The planted fault: a run that begins with that step has nothing to compare it with."""
+    answers, _ = start(tmp_path, faults={0: Planted("gradient", 1e5)}, steps=2)
+    assert not any(answer["unchanged"] for answer in answers)
+
+
+def test_a_spike_rolls_back_and_leaves_its_samples_out(tmp_path: Path) -> None:
+    rollback = ['guards.on_spike="rollback"', "checkpoint.every=4"]
+    answers, run = start(tmp_path, *rollback, faults={24: Planted("gradient", 1e5)}, steps=10)
+    assert [answer["unchanged"] for answer in answers] == [[24]] * 2
+    metrics = read_metrics(run)
+    assert [line["step"] for line in metrics] == list(range(1, 11))
+    # Steps 1 to 4 of the checkpoint, then what follows the spike of step 7.
+    assert [line["data_position"] for line in metrics] == [4, 8, 12, 16, *range(32, 56, 4)]
+    assert [line["spikes"] for line in metrics] == [0, 0, 0, 0, 1, 1, 1, 1, 1, 1]
+    assert "resumed after step 4" in (run / "log.txt").read_text()
+
+
+def test_rolling_back_again_and_again_ends(tmp_path: Path) -> None:
+    rollback = ['guards.on_spike="rollback"', "checkpoint.every=4"]
+    faults = {sample: Planted("gradient", 1e5) for sample in range(20, 80, 4)}
+    answers, _ = start(tmp_path, *rollback, faults=faults, steps=10)
+    for answer in answers:
+        assert "4 times the run came from step 4 to a spike" in answer["said"]
+
+
+def test_rollback_needs_checkpoints(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"guards.on_spike = .rollback. goes back to the newest checkpoint"):
+        start(tmp_path, 'guards.on_spike="rollback"', "checkpoint.every=0", faults={})
+
+
+def test_the_state_of_guards_is_plain_json(tmp_path: Path) -> None:
+    _, run = start(tmp_path, faults={}, steps=3)
+    manifest = json.loads((run / "checkpoints" / "step-00000003" / "manifest.json").read_text())
+    text = json.dumps(manifest)
+    assert '"guards"' in text
