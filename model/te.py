@@ -66,11 +66,14 @@ class TensorCores:
         """As `Quantizer.round`."""
         num_rows = len(x)
         x = F.pad(x, (0, 0, 0, -num_rows % SIZE_MULTIPLE)) if num_rows % SIZE_MULTIPLE else x.contiguous()
-        rounding = _rounding(quantizer, kind, x, observed=observed)
+        rounding = _rounding(quantizer, kind, x)
         rounding.internal = True
         # Of whole tensors there is no kernel that makes columns alone.
         rounding.set_usage(rowwise=rows or quantizer.config.recipe != "block", columnwise=columns)
         tensor = rounding(x)
+        if quantizer.config.recipe == "delayed" and observed:
+            seen = quantizer.amax[:, KINDS.index(kind)]
+            torch.maximum(seen, rounding.amax, out=seen)
         if observed and rows and quantizer.shared.monitor.active:
             codes = tensor._rowwise_data if quantizer.config.recipe == "block" else tensor._data
             values = tensor.dequantize(dtype=torch.float32)
@@ -108,11 +111,11 @@ def _multiply(a: Any, b: Any, layout: str, dtype: torch.dtype, **options: Any) -
     return product
 
 
-def _rounding(quantizer: Quantizer, kind: Kind, x: Tensor, *, observed: bool) -> Any:
+def _rounding(quantizer: Quantizer, kind: Kind, x: Tensor) -> Any:
     """The quantiser of Transformer Engine for a tensor."""
     config = quantizer.config
     if config.recipe == "delayed":
-        return _delayed(quantizer, kind, x, observed=observed)
+        return _delayed(quantizer, kind, x)
     return _of_one_tensor(config.recipe, config.format(kind), config.power_of_two, kind == "weight")
 
 
@@ -132,11 +135,10 @@ def _of_one_tensor(recipe: Recipe, format: torch.dtype, power_of_two: bool, is_w
     )
 
 
-def _delayed(quantizer: Quantizer, kind: Kind, x: Tensor, *, observed: bool) -> Any:
+def _delayed(quantizer: Quantizer, kind: Kind, x: Tensor) -> Any:
     """With the scale of the history. Where there is none, the tensor is read once more for its own. The kernel that
     rounds it finds its largest magnitude."""
-    te, format, number = _load(), quantizer.config.format(kind), KINDS.index(kind)
+    te, format = _load(), quantizer.config.format(kind)
     largest = quantizer.earlier(kind) if quantizer.has_history else x.abs().amax().float().view(1)
-    seen = quantizer.amax[:, number] if observed else torch.zeros_like(largest)
     scale = scale_of(largest, format, torch.float32, power_of_two=quantizer.config.power_of_two)
-    return te.Float8Quantizer(scale, seen, te.formats[format])
+    return te.Float8Quantizer(scale, torch.zeros_like(largest), te.formats[format])

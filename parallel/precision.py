@@ -9,12 +9,16 @@ from model.transformer import Transformer
 from parallel.mesh import Mesh
 
 
-def end_fp8_step(model: Transformer, mesh: Mesh) -> None:
+def end_fp8_step(model: Transformer, mesh: Mesh, *, updated: bool) -> None:
     """Moves the largest magnitudes of a step into the histories of delayed scales, the maximum over all ranks that
-    hold the same weights."""
+    hold the same weights. Of a step that `updated` nothing they are forgotten: they may be what was wrong with it."""
     if model.execution.fp8.config.recipe != "delayed":
         return
     found = list(quantizers(model).values())
+    if not updated:
+        for quantizer in found:
+            quantizer.amax.zero_()
+        return
     for of_experts, group in ((False, mesh.replicas), (True, mesh.expert_replicas)):
         members = [quantizer for quantizer in found if quantizer.of_experts == of_experts]
         if members:
