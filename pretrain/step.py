@@ -1,7 +1,7 @@
 """One optimizer step: the pipeline over micro-batches, one sum over ranks, ZeRO's step, the experts' bias."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from data.loader import Batch
 from model.router import update_bias
 from parallel.chunk import LossWeights, MicroBatch
+from parallel.faults import Fault, GradientWatch, gather_faults
 from parallel.launch import sum_over_processes
 from parallel.precision import end_fp8_step, fp8_metrics
 from pretrain.assemble import Assembly
@@ -21,8 +22,9 @@ class StepResult:
     """What a step showed, over the whole global batch and alike on every rank.
 
     `loss` is lm_loss + mtp_weight · mtp_loss + aux_loss_alpha · balance_loss; `load` [MoE layers, E] counts tokens;
-    `skipped` says that the gradient was not finite and nothing was changed; `stop_requested` that a rank was asked to
-    stop; `fp8` are the metrics of `fp8_metrics`, if the step was watched.
+    `skipped` says that nothing was changed, because loss or gradient were not finite or not accepted; `faults` are the
+    ranks where something was not finite first; `stop_requested` says that a rank was asked to stop; `fp8` are the
+    metrics of `fp8_metrics`, if the step was watched.
     """
 
     loss: float
@@ -33,37 +35,56 @@ class StepResult:
     load: Tensor
     skipped: bool
     stop_requested: bool
+    faults: tuple[Fault, ...] = ()
     fp8: Mapping[str, float] = field(default_factory=dict)
 
 
+def are_finite(loss: float, norm: float) -> bool:
+    """Whether a step can be applied at all."""
+    return math.isfinite(loss) and math.isfinite(norm)
+
+
 def train_step(
-    run: Assembly, batch: Batch, values: TimelineValues, *, stop_requested: bool, monitors_fp8: bool = False
+    run: Assembly,
+    batch: Batch,
+    values: TimelineValues,
+    *,
+    stop_requested: bool,
+    monitors_fp8: bool = False,
+    accepts: Callable[[float, float], bool] = are_finite,
+    watches_gradients: bool = False,
 ) -> StepResult:
-    """Runs one step over this rank's part of a batch; with `monitors_fp8`, watching what is rounded."""
+    """Runs one step over this rank's part of a batch. It changes weights only if `accepts`, asked with the loss and the
+    gradient norm, the same on every rank, says yes. With `monitors_fp8`, watches what is rounded; with
+    `watches_gradients`, looks for faults in this rank's own gradients too, not only in its losses."""
     monitor = run.model.execution.fp8.monitor
     monitor.active = monitors_fp8
-    sums, load = _accumulate_gradients(run, batch, values)
+    with GradientWatch(run.model, active=watches_gradients) as watch:
+        sums, load = _accumulate_gradients(run, batch, values)
     fp8 = fp8_metrics(run.model.execution.fp8, run.mesh, run.place.device) if monitors_fp8 else {}
     totals = torch.cat((sums, sums.new_tensor([stop_requested]), load.flatten().to(sums.dtype)))
     totals = sum_over_processes(totals).cpu()
     lm_loss, mtp_loss, balance_loss, stops = totals[:4].tolist()
     total_load = totals[4:].view(load.shape)
+    loss = lm_loss + values.mtp_weight * mtp_loss + run.config.model.aux_loss_alpha * balance_loss
 
-    grad_norm, updated = run.optimizer.step(values.learning_rate)
+    grad_norm, updated = run.optimizer.step(values.learning_rate, lambda norm: accepts(loss, norm))
     end_fp8_step(run.model, run.mesh, updated=updated)
     if updated:
         for layer, bias in run.model.expert_biases().items():
             layer_load = total_load[run.config.model.moe_layers.index(layer)]
             update_bias(bias, layer_load.to(bias.device), values.bias_update_speed)
+    faulty = not updated and not are_finite(loss, grad_norm)
     return StepResult(
-        loss=lm_loss + values.mtp_weight * mtp_loss + run.config.model.aux_loss_alpha * balance_loss,
+        loss=loss,
         lm_loss=lm_loss,
         mtp_loss=mtp_loss,
         balance_loss=balance_loss,
-        grad_norm=grad_norm if updated else math.nan,
+        grad_norm=grad_norm if math.isfinite(grad_norm) else math.nan,
         load=total_load.to(torch.int64),
         skipped=not updated,
         stop_requested=stops > 0,
+        faults=tuple(gather_faults(run.place.rank, sums, watch)) if faulty else (),
         fp8=fp8,
     )
 
@@ -76,6 +97,8 @@ def _accumulate_gradients(run: Assembly, batch: Batch, values: TimelineValues) -
     # In both directions of a bidirectional pipeline half of them pass, and optimizers take the mean over directions.
     each = (2 if shape.bidirectional else 1) / len(micro_batches)
     weights = LossWeights(each, each * values.mtp_weight, each * model.aux_loss_alpha)
+    # A rank's loss is the mean over its positions, of which there are fewer where they are divided.
+    run.model.execution.fp8.gradient_unit = each * shape.cp
     with run.optimizer.accumulating():
         outcome = run.executor.train(micro_batches, weights)
     load = torch.zeros(len(model.moe_layers), model.n_routed_experts, dtype=torch.int64, device=run.place.device)
@@ -92,5 +115,3 @@ def _micro_batches(run: Assembly, batch: Batch) -> list[MicroBatch]:
         return [MicroBatch(part) for part in tokens]
     documents = [part.to(device, non_blocking=True) for part in batch.documents.split(size)]
     return [MicroBatch(*pair) for pair in zip(tokens, documents, strict=True)]
-    # A rank's loss is the mean over its positions, of which there are fewer where they are divided.
-    run.model.execution.fp8.gradient_unit = each * shape.cp
