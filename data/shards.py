@@ -133,18 +133,24 @@ def open_atomically(path: Path) -> Iterator[BinaryIO]:
 
 def write_sealed_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes an object as JSON together with a checksum of itself, the key `seal`."""
-    sealed = {**content, "seal": _seal(content)}
-    write_atomically(path, (json.dumps(sealed, indent=2) + "\n").encode())
+    write_atomically(path, sealed_json(content))
+
+
+def sealed_json(content: Mapping[str, Any]) -> bytes:
+    """An object as JSON together with a checksum of itself, the key `seal`."""
+    return (json.dumps({**content, "seal": _seal(content)}, indent=2) + "\n").encode()
 
 
 def read_sealed_json(path: Path, *, remedy: str = "prepare the dataset again") -> dict[str, Any]:
     """Reads what `write_sealed_json` wrote. Raises DataError, with the remedy, when it is not that, byte for byte."""
+    raw = path.read_bytes()
     try:
-        content = json.loads(path.read_bytes())
-        seal, found = content.pop("seal"), _seal(content)
+        content = json.loads(raw)
+        del content["seal"]
+        is_whole = sealed_json(content) == raw
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is damaged ({_first_line(error)}); {remedy}") from error
-    if seal != found:
+    if not is_whole:
         raise DataError(f"{path} is damaged or was edited: its checksum does not fit; {remedy}")
     return content
 

@@ -12,6 +12,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from keyword import iskeyword
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,10 +30,6 @@ from pretrain.guards import GuardsConfig
 from pretrain.timeline import Timeline, TimelineConfig, value_at
 
 Table = dict[str, Any]
-
-_NOT_YET = {
-    "checkpoint.async": "checkpoints written in the background",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,15 +110,21 @@ class PrecisionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """`[checkpoint]`: saved every so many steps (0: only at the end); the last `keep` stay (0: all)."""
+    """`[checkpoint]`: saved every so many steps (0: only at the end); the last `keep` stay (0: all), and those of every
+    `keep_every`-th step for good (0: of none). With `async`, the run goes on while the disk writes, and each rank holds
+    a copy of its part in memory of the host."""
 
     every: int = 1000
     keep: int = 2
+    keep_every: int = 0
+    async_: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("every", "keep"):
+        for name in ("every", "keep", "keep_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)} must not be negative")
+        if self.keep_every and not self.keep:
+            raise ValueError(f"keep_every = {self.keep_every} has no effect with keep = 0, which keeps all; remove it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +188,7 @@ def parse_config(table: Table) -> Config:
     if mistakes:
         raise UserError("\n".join(mistakes))
     try:
-        config = TypeAdapter(Config).validate_python(table)
+        config = TypeAdapter(Config).validate_python(_with_field_names(table))
     except ValidationError as error:
         # Types are right already, so what else is reported are only the other branches of a union.
         found = [item for item in error.errors() if item["type"] == "value_error" or item["type"].startswith("missing")]
@@ -196,7 +199,7 @@ def parse_config(table: Table) -> Config:
 
 def dump_config(config: Config) -> str:
     """The resolved configuration as TOML, every default written out; reading it gives the same configuration."""
-    return dump_toml(dataclasses.asdict(config))
+    return dump_toml(_with_keys(dataclasses.asdict(config)))
 
 
 def dump_toml(table: Table) -> str:
@@ -303,13 +306,11 @@ def _mistakes(value: Any, hint: Any, key: str) -> Iterator[str]:
         for number, item in enumerate(value, 1):
             yield from _mistakes(item, typing.get_args(fitting)[0], f"{key}, entry {number}")
     elif isinstance(value, dict):
-        fields = typing.get_type_hints(fitting)
+        fields = {_key(name): hint for name, hint in typing.get_type_hints(fitting).items()}
         for name, item in value.items():
             path = _join(key, name)
             if name in fields:
                 yield from _mistakes(item, fields[name], path)
-            elif path in _NOT_YET:
-                yield f"{path}: this version has no {_NOT_YET[path]} yet; remove the key"
             else:
                 yield f"{path} is not a known key; {_nearest(name, fields)}"
 
@@ -425,6 +426,21 @@ def _sequence_lengths(config: Config) -> dict[str, float]:
     for number, piece in enumerate(pieces, 1):
         lengths[f"timeline.seq_len, piece {number}: value"] = piece.value
     return lengths
+
+
+def _key(name: str) -> str:
+    """The key of a field: a word of Python's own has an underscore after it as a field."""
+    return name.removesuffix("_")
+
+
+def _with_keys(value: Any) -> Any:
+    return {_key(name): _with_keys(item) for name, item in value.items()} if isinstance(value, dict) else value
+
+
+def _with_field_names(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {f"{key}_" if iskeyword(key) else key: _with_field_names(item) for key, item in value.items()}
 
 
 def _without_none(value: Any) -> Any:

@@ -18,7 +18,8 @@ from pretrain.evaluate import HeldOut, open_held_out
 from pretrain.fp8 import describe_fp8, monitors_fp8
 from pretrain.guarding import guard_of, roll_back, take_step, tell
 from pretrain.recorder import Goal, Recorder, SilentRecorder, max_memory_gib, peak_tflops
-from pretrain.state import TrainState, first_state, resume, save
+from pretrain.saving import Saver
+from pretrain.state import TrainState, first_state, open_saver, resume, save
 from pretrain.step import StepResult
 from pretrain.timeline import Timeline, TimelineValues
 
@@ -72,6 +73,7 @@ def _train_from(run: Assembly, state: TrainState, held_out: HeldOut | None, stop
 
 
 def _loop(run: Assembly, state: TrainState, held_out: HeldOut | None, recorder: Recorder, stop: StopRequest) -> _Ended:
+    saver = open_saver(run)
     saved_step = state.step if state.step else None
     train_config = run.config.train
     meter = _Meter(run)
@@ -87,6 +89,7 @@ def _loop(run: Assembly, state: TrainState, held_out: HeldOut | None, recorder: 
                 monitors_fp8=monitors_fp8(run.config, state.step + 1),
             )
             metrics = meter.measure(state, values, result)
+            metrics["checkpoint_failed"] = saver.failed
             if held_out and (
                 state.step % train_config.validate_every == 0 or train_config.is_end(state.step, state.tokens)
             ):
@@ -97,12 +100,18 @@ def _loop(run: Assembly, state: TrainState, held_out: HeldOut | None, recorder: 
             if verdict == "spike" and run.config.guards.on_spike == "rollback":
                 return _Ended(state, rolls_back=True)
             if run.config.checkpoint.every and state.step % run.config.checkpoint.every == 0:
-                saved_step = _save(run, state, recorder)
+                save(run, state, saver)
+                saved_step = state.step
+            _tell_of_saves(saver, recorder)
             meter.restart()
             if result.stop_requested:
                 break
     if saved_step != state.step:
-        _save(run, state, recorder)
+        save(run, state, saver)
+    try:
+        saver.finish()
+    finally:
+        _tell_of_saves(saver, recorder)
     finished = train_config.is_end(state.step, state.tokens)
     recorder.say("finished" if finished else "stopped as asked; the same command goes on from here")
     return _Ended(state)
@@ -203,11 +212,9 @@ class _Meter:
         return metrics
 
 
-def _save(run: Assembly, state: TrainState, recorder: Recorder) -> int:
-    began = time.perf_counter()
-    save(run, state)
-    recorder.say(f"saved step {state.step:,} in {time.perf_counter() - began:.1f} s", to_screen=False)
-    return state.step
+def _tell_of_saves(saver: Saver, recorder: Recorder) -> None:
+    for news in saver.news():
+        recorder.say(news.line, to_screen=news.is_failure)
 
 
 def _open_recorder(run: Assembly, state: TrainState) -> Recorder:

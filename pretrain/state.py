@@ -1,9 +1,11 @@
 """What a run must remember to go on bit for bit: where it stands, weights, moments, expert biases, random numbers."""
 
 import json
+import sys
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,15 +18,18 @@ from parallel.launch import gather_texts
 from parallel.optimizer import global_place
 from pretrain.assemble import Assembly, failing_together
 from pretrain.checkpoint import (
+    MANIFEST,
     CheckpointReader,
-    CheckpointWriter,
-    FileEntry,
+    DamagedError,
     list_checkpoints,
-    remove_old_checkpoints,
+    list_damaged,
+    put_back_replaced,
+    set_aside,
     step_folder,
 )
 from pretrain.config import dump_config
 from pretrain.errors import UserError
+from pretrain.saving import Saver, Snapshot
 
 # Keys of [model] that a run may change on the way: longer contexts, and what matters to the loss or the start only.
 _MAY_CHANGE = {"rope_scaling", "aux_loss_alpha", "initializer_range"}
@@ -69,53 +74,108 @@ def first_state(run: Assembly) -> TrainState:
     return TrainState(0, 0, run.stream.start(run.timeline.at(0).seq_len))
 
 
-def save(run: Assembly, state: TrainState) -> None:
-    """Saves a checkpoint of `state`, every rank its own part, and removes those that are not kept."""
-    writer = CheckpointWriter(step_folder(run.folder, state.step))
-    with failing_together():
-        if run.place.is_first:
-            writer.begin()
-    said = ""
-    with failing_together():
-        entries = writer.write_tensors(run.place.rank, _tensors_to_save(run))
-        shapes = {shard.name: shard.shape for shard in run.optimizer.shards() if shard.owned}
-        said = json.dumps({"files": {name: asdict(entry) for name, entry in entries.items()}, "shapes": shapes})
-    parts = [json.loads(text) for text in gather_texts(said)]
-    with failing_together():
-        if run.place.is_first:
-            writer.commit(
-                files={name: FileEntry(**entry) for part in parts for name, entry in part["files"].items()},
-                shapes={name: tuple(shape) for part in parts for name, shape in part["shapes"].items()},
-                state={
-                    "train": state.to_json(),
-                    "data": run.stream.fingerprint,
-                    "tokenizer": asdict(run.stream.datasets[0].tokenizer),
-                    "context_length": state.position.seq_len,
-                },
-                texts={
-                    "config.toml": dump_config(run.config).encode(),
-                    run.tokenizer_file.name: run.tokenizer_file.read_bytes(),
-                },
-            )
-            remove_old_checkpoints(run.folder, run.config.checkpoint.keep)
+def open_saver(run: Assembly) -> Saver:
+    """What saves the checkpoints of a run."""
+    config = run.config.checkpoint
+    return Saver(
+        run.folder,
+        rank=run.place.rank,
+        world_size=run.place.world_size,
+        keep=config.keep,
+        keep_every=config.keep_every,
+        in_background=config.async_,
+    )
+
+
+def save(run: Assembly, state: TrainState, saver: Saver | None = None) -> None:
+    """Saves a checkpoint of `state`, every rank its own part, and removes those that are not kept. A `saver` counts and
+    tells what fails; without one, it is waited for and raised as SharedError."""
+    keeper = saver or open_saver(run)
+    keeper.save(state.step, lambda: _snapshot(run, state))
+    if saver is None:
+        keeper.finish()
 
 
 def resume(run: Assembly) -> TrainState | None:
-    """Loads the newest checkpoint of the run, if there is one, verified before anything is changed."""
+    """Loads the newest good checkpoint of the run, verified before anything is changed; None if there is none yet.
+
+    Damaged ones are set aside, with a line in the log. Raises SharedError if all were damaged, or fit another run.
+    """
     with failing_together():
-        newest = list_checkpoints(run.folder)[-1:] if run.place.is_first else []
-    # Others might see an older state of a shared file system.
-    name = gather_texts(newest[0].name if newest else "")[0]
-    if not name:
-        return None
+        if run.place.is_first:
+            put_back_replaced(run.folder)
+    for name in _agreed_names(run):
+        folder, readers = run.folder / "checkpoints" / name, []
+        with failing_together():
+            try:
+                readers.append(_verified(run, folder))
+                damage = ""
+            except DamagedError as error:
+                damage = str(error)
+        found = [said for said in gather_texts(damage) if said]
+        if not found:
+            return _load(run, readers[0])
+        with failing_together():
+            if run.place.is_first:
+                _tell(run, f"{found[0].partition(';')[0]}; it is now {set_aside(folder).name}")
     with failing_together():
-        reader = CheckpointReader(run.folder / "checkpoints" / name)
-        reader.verify(run.place.rank, run.place.world_size)
+        if run.place.is_first and (aside := list_damaged(run.folder)):
+            raise UserError(
+                f"no checkpoint of {run.folder} is good; set aside in {aside[0].parent} are "
+                f"{', '.join(path.name for path in aside)}: put a good copy in their place, or begin again under "
+                "another run.name"
+            )
+    return None
+
+
+def _agreed_names(run: Assembly) -> list[str]:
+    """The checkpoints of the run, newest first. Others might see an older state of a shared file system."""
+    with failing_together():
+        names = [path.name for path in list_checkpoints(run.folder, whole=False)] if run.place.is_first else []
+    agreed: list[str] = json.loads(gather_texts(json.dumps(names[::-1]))[0])
+    return agreed
+
+
+def _verified(run: Assembly, folder: Path) -> CheckpointReader:
+    reader = CheckpointReader(folder)
+    reader.verify(run.place.rank, run.place.world_size)
+    step = reader.manifest.state.get("train", {}).get("step")
+    if step is not None and step_folder(run.folder, int(step)) != folder:
+        raise DamagedError(f"checkpoint {folder} is damaged: {MANIFEST} is that of step {step}; use another checkpoint")
+    return reader
+
+
+def _load(run: Assembly, reader: CheckpointReader) -> TrainState:
     with failing_together():
         _check_same_run(run, reader)
         state = TrainState.from_json(reader.manifest.state["train"])
         _load_tensors(run, reader, updates=state.step - state.skipped)
     return state
+
+
+def _tell(run: Assembly, line: str) -> None:
+    """A line for whoever watches and for the log, before there is a recorder."""
+    print(line, file=sys.stderr, flush=True)
+    with open(run.folder / "log.txt", "a", encoding="utf-8") as log:
+        log.write(line + "\n")
+
+
+def _snapshot(run: Assembly, state: TrainState) -> Snapshot:
+    return Snapshot(
+        step=state.step,
+        tensors=_tensors_to_save(run),
+        shapes={shard.name: shard.shape for shard in run.optimizer.shards() if shard.owned},
+        state={
+            "train": state.to_json(),
+            "data": run.stream.fingerprint,
+            "tokenizer": asdict(run.stream.datasets[0].tokenizer),
+            "context_length": state.position.seq_len,
+        },
+        texts={
+            "config.toml": dump_config(run.config).encode(),
+            run.tokenizer_file.name: run.tokenizer_file.read_bytes(),
+        },
+    )
 
 
 def _tensors_to_save(run: Assembly) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """A run that is killed and started again computes the same bits as one that is not."""
 
+import re
 import signal
 import time
 from pathlib import Path
@@ -104,13 +105,20 @@ def test_changed_run_is_refused(tmp_path: Path) -> None:
     assert "[data] or run.seed changed since checkpoint" in refused
 
 
-def test_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_a_run_without_a_good_checkpoint_is_refused(tmp_path: Path) -> None:
     config = write_run(tmp_path)
     finish(start_training(config, "train.steps=1"))
-    path = step_folder(tmp_path / "small", 1) / "rank-00000.safetensors"
+    folder = step_folder(tmp_path / "small", 1)
+    path = folder / "rank-00000.safetensors"
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
+    content[-9] ^= 1
     path.write_bytes(content)
     refused = finish(start_training(config, "train.steps=2"), expect=2)
-    assert "is damaged: rank-00000.safetensors does not match its checksum" in refused
+    damage = r"step-00000001 is damaged: rank-00000\.safetensors is damaged in \S+, which does not match its checksum"
+    assert re.search(damage, refused)
+    assert "no checkpoint of" in refused
+    assert "set aside in" in refused
+    assert "step-00000001.damaged: put a good copy in their place" in refused
     assert "Traceback" not in refused
+    assert (folder.with_name("step-00000001.damaged") / path.name).read_bytes() == content
+    assert re.search(damage, (tmp_path / "small" / "log.txt").read_text())

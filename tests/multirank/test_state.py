@@ -1,5 +1,9 @@
 """Saving and resuming inside one process group, where a step can be made to fail."""
 
+import errno
+import os
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +15,11 @@ from data.loader import BatchLoader
 from parallel.launch import Place
 from parallel.zero import load_deepspeed
 from pretrain.assemble import Assembly, assemble, open_data
+from pretrain.checkpoint import MANIFEST, step_folder
 from pretrain.config import load_config
+from pretrain.errors import SharedError
 from pretrain.loop import plan_batches
-from pretrain.state import TrainState, first_state, resume, save
+from pretrain.state import TrainState, first_state, open_saver, resume, save
 from pretrain.step import train_step
 
 
@@ -56,3 +62,103 @@ def test_resume_after_a_skipped_step(tmp_path: Path, dtype: str) -> None:
     for straight, resumed in run_ranks(2, skip_then_resume, 2, config_file, dtype, folder=tmp_path):
         for one, other in zip(straight, resumed, strict=True):
             assert (one == other).all()
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+def resume_past_damage(rank: int, config_file: Path) -> tuple[int, int]:
+    config = load_config(config_file)
+    place = Place(rank, 2, rank, torch.device("cpu"))
+    run = assemble(config, place, open_data(config))
+    state = first_state(run)
+    for _ in range(4):
+        state = take_steps(run, state, 1)
+        save(run, state)
+    torch.distributed.barrier()
+    if rank == 0:
+        # One that the other rank reads, one whose manifest is gone, one that says it is another.
+        damage(step_folder(run.folder, 4) / "rank-00001.safetensors")
+        (step_folder(run.folder, 3) / MANIFEST).unlink()
+        shutil.copytree(step_folder(run.folder, 1), step_folder(run.folder, 2), dirs_exist_ok=True)
+    torch.distributed.barrier()
+    found = resume(run)
+    assert found is not None
+    torch.distributed.barrier()
+    if rank == 0:
+        (step_folder(run.folder, 1) / "config.toml").unlink()
+    torch.distributed.barrier()
+    for _ in range(2):
+        with pytest.raises(
+            SharedError, match=r"no checkpoint of .* is good; .*step-00000004\.damaged: put a good copy"
+        ):
+            resume(run)
+    return found.step, found.tokens
+
+
+def test_the_newest_good_one_is_used(tmp_path: Path) -> None:
+    load_deepspeed()
+    config_file = write_run(tmp_path)
+    one, other = run_ranks(2, resume_past_damage, config_file, folder=tmp_path)
+    assert one == other
+    assert one[0] == 1
+    log = (tmp_path / "small" / "log.txt").read_text().splitlines()
+    assert len(log) == 4
+    assert re.search(r"step-00000004 is damaged: rank-00001\.safetensors is damaged in \S+@\d+, which does not", log[0])
+    assert re.search(r"step-00000003: manifest\.json is missing; it is now step-00000003\.damaged", log[1])
+    assert re.search(r"step-00000002 is damaged: manifest\.json is that of step 1; it is now", log[2])
+    assert re.search(r"step-00000001 is damaged: config\.toml is missing; it is now step-00000001\.damaged", log[3])
+
+
+def lose_the_disk(rank: int, config_file: Path, broken_rank: int, in_background: bool) -> list[Any]:
+    config = load_config(config_file, [f"checkpoint.async={str(in_background).lower()}"])
+    place = Place(rank, 2, rank, torch.device("cpu"))
+    run = assemble(config, place, open_data(config))
+    saver, seen = open_saver(run), []
+    state = take_steps(run, first_state(run), 1)
+    save(run, state, saver)
+    state = take_steps(run, state, 1)
+    write = os.write
+
+    def full(descriptor: int, content: Any) -> int:
+        # The disk takes the header and a little more.
+        if os.lseek(descriptor, 0, os.SEEK_CUR) > 20_000:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(descriptor, content)
+
+    if rank == broken_rank:
+        os.write = full
+    save(run, state, saver)
+    with pytest.raises(SharedError, match=f"checkpoint of step 2 could not be saved: .*rank {broken_rank}: .*No space"):
+        saver.finish()
+    os.write = write
+    torch.distributed.barrier()
+    seen.append((saver.failed, sorted(path.name for path in (run.folder / "checkpoints").iterdir())))
+    state = take_steps(run, state, 1)
+    save(run, state, saver)
+    saver.finish()
+    torch.distributed.barrier()
+    seen.append((saver.failed, sorted(path.name for path in (run.folder / "checkpoints").iterdir())))
+    lines = [news.line for news in saver.news()]
+    if rank == 0:
+        assert [re.sub(r" in [\d.]+ s.*", "", line) for line in lines if "could not" not in line] == [
+            "saved step 1",
+            "saved step 3",
+        ]
+        assert sum("step 2 could not be saved" in line and "older ones stay" in line for line in lines) == 1
+    again = resume(run)
+    assert again == state
+    return seen
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+@pytest.mark.parametrize("broken_rank", [0, 1])
+def test_a_full_disk_costs_one_checkpoint(tmp_path: Path, broken_rank: int, in_background: bool) -> None:
+    load_deepspeed()
+    config_file = write_run(tmp_path)
+    expected = [(1, ["step-00000001"]), (1, ["step-00000001", "step-00000003"])]
+    for seen in run_ranks(2, lose_the_disk, config_file, broken_rank, in_background, folder=tmp_path):
+        assert seen == expected

@@ -1,5 +1,6 @@
 """Checkpoint folders: complete or absent, every damage named, any range readable from any layout."""
 
+import errno
 import itertools
 import json
 import os
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
+from safetensors.torch import load_file
 from support import small_model
 
 from pretrain import checkpoint
@@ -17,11 +18,16 @@ from pretrain.checkpoint import (
     MANIFEST,
     CheckpointReader,
     CheckpointWriter,
+    DamagedError,
     list_checkpoints,
+    list_damaged,
+    put_back_replaced,
     remove_old_checkpoints,
+    set_aside,
     step_folder,
 )
 from pretrain.errors import UserError
+from pretrain.tensor_files import check_tensor, read_elements, read_header, write_tensor_file
 from pretrain.weights import write_weights
 
 VALUES = torch.arange(100, dtype=torch.float32)
@@ -83,10 +89,10 @@ def test_truncated_or_missing_file_is_named(tmp_path: Path) -> None:
     folder = write(tmp_path / "c", [33])
     path = folder / "rank-00001.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"rank-00001\.safetensors does not match"):
+    with pytest.raises(UserError, match=r"rank-00001\.safetensors has [0-9,]+ bytes instead of"):
         CheckpointReader(folder).verify()
     path.unlink()
-    with pytest.raises(UserError, match=r"lacks rank-00001\.safetensors"):
+    with pytest.raises(UserError, match=r"rank-00001\.safetensors is missing"):
         CheckpointReader(folder).verify()
     (folder / MANIFEST).unlink()
     with pytest.raises(UserError, match=r"manifest\.json is missing"):
@@ -138,7 +144,7 @@ def test_a_removal_that_is_killed_leaves_no_checkpoint_and_is_finished_later(
             remove_old_checkpoints(tmp_path, keep=1)
         with pytest.raises(KeyboardInterrupt):
             write(step_folder(tmp_path, 2), [])
-    assert list_checkpoints(tmp_path) == []
+    assert list_checkpoints(tmp_path) == [step_folder(tmp_path, 2)]
     write(step_folder(tmp_path, 2), [])
     remove_old_checkpoints(tmp_path, keep=1)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
@@ -153,12 +159,116 @@ def test_a_checkpoint_saved_again_takes_the_place_of_the_first(tmp_path: Path) -
 
 
 def test_a_disk_that_is_full_is_an_error_of_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise SafetensorError("No space left on device")
+    def full(descriptor: int, content: memoryview) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(OSError, match=r"rank-00000\.safetensors cannot be written: No space left"):
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match="No space left"):
         write(tmp_path / "c", [])
+
+
+def test_files_are_safetensors(tmp_path: Path) -> None:
+    dtypes = (torch.float32, torch.bfloat16, torch.uint8, torch.int64, torch.float16, torch.bool)
+    tensors = {f"kind/{dtype}@0": torch.arange(7).to(dtype) for dtype in dtypes}
+    tensors |= {"none@0": torch.empty(0), "large@0": torch.arange(1_000_003, dtype=torch.int16).view(-1, 1)}
+    tensors |= {"strided@0": torch.arange(100.0)[::3]}
+    size, header = write_tensor_file(tmp_path / "t.safetensors", tensors)
+    loaded = load_file(tmp_path / "t.safetensors")
+    assert loaded.keys() == tensors.keys()
+    stored = {entry.key: entry for entry in read_header(tmp_path / "t.safetensors", size, header)}
+    for key, tensor in tensors.items():
+        assert loaded[key].dtype == tensor.dtype
+        assert torch.equal(loaded[key], tensor), key
+        check_tensor(tmp_path / "t.safetensors", stored[key])
+        out = torch.empty(tensor.numel(), dtype=tensor.dtype)
+        read_elements(tmp_path / "t.safetensors", stored[key], 0, out)
+        assert torch.equal(out, tensor.flatten())
+
+
+def test_a_damaged_tensor_is_named(tmp_path: Path) -> None:
+    writer = CheckpointWriter(tmp_path / "c")
+    writer.begin()
+    files = writer.write_tensors(0, {"param/v@0": VALUES, "param/w@0": VALUES + 1, "rng/cpu.0@0": VALUES + 2})
+    writer.commit(files=files, shapes={}, state={}, texts={})
+    path = tmp_path / "c" / "rank-00000.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-500] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(DamagedError, match=r"rank-00000\.safetensors is damaged in param/w@0, which does not match"):
+        CheckpointReader(tmp_path / "c").verify()
+    content[100] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(DamagedError, match=r"rank-00000\.safetensors has a header that does not match its checksum"):
+        CheckpointReader(tmp_path / "c").verify()
+
+
+def test_every_part_is_verified_by_some_rank(tmp_path: Path) -> None:
+    folder = write(tmp_path / "c", [10, 20, 30, 40, 50])
+    path = folder / "rank-00003.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    for num_parts in (1, 2, 3, 7, 20):
+        found = 0
+        for part in range(num_parts):
+            try:
+                CheckpointReader(folder).verify(part, num_parts)
+            except DamagedError:
+                found += 1
+        assert found == 1
+
+
+def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
+    folder = write(tmp_path / "c", [50])
+    path = folder / "rank-00001.safetensors"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(DamagedError, match=r"rank-00001\.safetensors is not a file"):
+        CheckpointReader(folder).verify()
+    (folder / MANIFEST).unlink()
+    os.mkfifo(folder / MANIFEST)
+    with pytest.raises(DamagedError, match=r"manifest\.json is damaged"):
+        CheckpointReader(folder)
+
+
+def test_damaged_ones_are_set_aside_and_never_removed(tmp_path: Path) -> None:
+    for _ in range(3):
+        set_aside(write(step_folder(tmp_path, 7), []))
+    write(step_folder(tmp_path, 8), [])
+    remove_old_checkpoints(tmp_path, keep=1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000008"]
+    names = [path.name for path in list_damaged(tmp_path)]
+    assert names == ["step-00000007.damaged", "step-00000007.damaged-2", "step-00000007.damaged-3"]
+
+
+def test_every_nth_is_kept_for_good(tmp_path: Path) -> None:
+    for step in range(5, 65, 5):
+        write(step_folder(tmp_path, step), [])
+        remove_old_checkpoints(tmp_path, keep=2, keep_every=20)
+    names = [int(path.name[5:]) for path in list_checkpoints(tmp_path)]
+    assert names == [20, 40, 55, 60]
+
+
+def test_a_replacement_that_is_killed_leaves_one_of_the_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename = os.rename
+    folder = write(step_folder(tmp_path, 1), [])
+
+    def killed(source: Path, target: Path) -> None:
+        if source.name.endswith(".partial"):
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write(folder, [50])
+    assert list_checkpoints(tmp_path) == []
+    put_back_replaced(tmp_path)
+    assert list_checkpoints(tmp_path) == [folder]
+    CheckpointReader(folder).verify()
+    write(folder, [50])
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert (folder / "rank-00001.safetensors").exists()
 
 
 def test_checkpoints_that_cannot_be_listed_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -277,9 +277,13 @@ MISTAKES = {
         "timeline.batch_size_multiple = 4 rounds timeline.batch_size, but the batch is constant, train.batch_size = 8; "
         "remove one of them",
     ),
-    "background checkpoints": (
-        ["checkpoint.async=true"],
-        "checkpoint.async: this version has no checkpoints written in the background yet; remove the key",
+    "the name of a field that is no key": (
+        ["checkpoint.async_=true"],
+        "checkpoint.async_ is not a known key; did you mean 'async'?",
+    ),
+    "a wish to keep some of all": (
+        ["checkpoint.keep=0", "checkpoint.keep_every=100"],
+        "checkpoint.keep_every = 100 has no effect with keep = 0, which keeps all; remove it",
     ),
     "recomputation of everything": (
         ["parallel.recompute=true"],
@@ -293,10 +297,6 @@ MISTAKES = {
         ["logging.peak_tflops=-1"],
         "logging.peak_tflops = -1.0 must not be negative; 0 takes the known figure",
     ),
-    "negative piece": (
-        ["timeline.mtp_weight=[{value=-1, until=10}, {value=2}]"],
-        "timeline.mtp_weight, piece 1: value = -1.0 must be a finite number, not below 0",
-    ),
     "unknown recipe of FP8": (
         ["precision.fp8=mxfp8"],
         "precision.fp8 = 'mxfp8' must be 'off' or 'block' or 'current' or 'delayed'",
@@ -308,6 +308,10 @@ MISTAKES = {
     "monitors at negative steps": (
         ["logging.fp8_every=-1"],
         "logging.fp8_every = -1 must not be negative; 0 is never",
+    ),
+    "negative piece": (
+        ["timeline.mtp_weight=[{value=-1, until=10}, {value=2}]"],
+        "timeline.mtp_weight, piece 1: value = -1.0 must be a finite number, not below 0",
     ),
     "piece without value": (
         ["timeline.learning_rate=[{until=10}, {value=2}]"],
