@@ -43,7 +43,7 @@ MODEL = {
     "topk_group": 1,
 }
 CASES: dict[str, tuple[str, int, tuple[str, ...]]] = {
-    "dp2 zero2": ("delayed", 2, ("parallel.zero_stage=2",)),
+    "dp2 zero3": ("delayed", 2, ("parallel.zero_stage=3",)),
     "ep2": ("block", 2, ("parallel.ep=2",)),
     "cp2": ("block", 2, ("parallel.cp=2",)),
     "pp2 dualpipev, computed again": (
