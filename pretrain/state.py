@@ -163,7 +163,7 @@ def _tell(run: Assembly, line: str) -> None:
 def _snapshot(run: Assembly, state: TrainState) -> Snapshot:
     return Snapshot(
         step=state.step,
-        tensors=_tensors_to_save(run),
+        tensors=tensors_to_save(run),
         shapes={shard.name: shard.shape for shard in run.optimizer.shards() if shard.owned},
         state={
             "train": state.to_json(),
@@ -178,7 +178,8 @@ def _snapshot(run: Assembly, state: TrainState) -> Snapshot:
     )
 
 
-def _tensors_to_save(run: Assembly) -> dict[str, Tensor]:
+def tensors_to_save(run: Assembly) -> dict[str, Tensor]:
+    """This rank's part of what a checkpoint holds, live, as ranges by `kind/name@start`."""
     tensors = {
         f"{kind}/{shard.name}@{shard.start}": tensor
         for shard in run.optimizer.shards()
