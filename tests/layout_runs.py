@@ -26,6 +26,7 @@ from pretrain.step import train_step
 STEPS = 3
 # In bf16 a rate at which rounding does not send two runs to different places.
 RATES = {"fp32": 1e-3, "bf16": 1e-4}
+# A large ε keeps Adam from blowing up the last bits of gradients near zero.
 RUN = """
 [run]
 name = "layout"
@@ -47,6 +48,9 @@ steps = 3
 
 [timeline]
 learning_rate = {rate}
+
+[optimizer]
+eps = 1e-5
 
 [precision]
 dtype = "{dtype}"
@@ -97,7 +101,8 @@ def train_plainly(config: Config, skew: str, dtype: torch.dtype) -> Numbers:
     matrices = [p for p in masters.parameters() if p.dim() > 1]
     vectors = [p for p in masters.parameters() if p.dim() == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=config.full_timeline.at(0).learning_rate, betas=(0.9, 0.95), eps=1e-8)
+    rate = config.full_timeline.at(0).learning_rate
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), eps=config.optimizer.eps)
     stream, steps = open_data(config), []
     specs = plan_batches(
         config.full_timeline, stream, TrainState(0, 0, stream.start(config.train.seq_len)), config.train
