@@ -291,7 +291,7 @@ MISTAKES = {
     ),
     "recomputation of what cannot be": (
         ["parallel.recompute=['norms', 'attention']"],
-        "parallel.recompute, entry 2 = 'attention' must be 'norms' or 'mla_up' or 'swiglu' or 'block'",
+        "parallel.recompute, entry 2 = 'attention' must be 'norms' or 'mla_up' or 'swiglu' or 'expert_rows' or 'block'",
     ),
     "negative peak": (
         ["logging.peak_tflops=-1"],
