@@ -121,15 +121,16 @@ def test_flops_of_the_run_are_those_of_its_tokens() -> None:
 
 
 ALONE = ("parallel.max_expert_rows=0", "parallel.pp=1", "parallel.ep=1", "parallel.schedule=1f1b")
+LARGER = ("train.micro_batch_size=2", "optimizer.moments=fp32")
 MASTERS = "masters and moments, 31.0 GiB; "
 
 
 @pytest.mark.parametrize(
     ("name", "overrides", "gib", "message"),
     [
-        ("dsv3_2b", (), 54, f"{MASTERS}train.micro_batch_size = 1 would fit"),
-        ("dsv3_2b", (), 51, f'{MASTERS}parallel.recompute = ["block"] with train.micro_batch_size = 1 would fit'),
-        ("dsv3_2b", (), 32, f"{MASTERS}4 ranks with train.micro_batch_size = 1 and"),
+        ("dsv3_2b", LARGER, 54, f"{MASTERS}train.micro_batch_size = 1 would fit"),
+        ("dsv3_2b", LARGER, 51, f'{MASTERS}parallel.recompute = ["block"] with train.micro_batch_size = 1 would fit'),
+        ("dsv3_2b", LARGER, 32, f"{MASTERS}4 ranks with train.micro_batch_size = 1 and"),
         ("dsv3_671b", ALONE, 80, "masters and moments, 5086.0 GiB; even 256 ranks with train.micro_batch_size = 1 and"),
     ],
 )  # fmt: skip
