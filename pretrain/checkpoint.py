@@ -84,6 +84,9 @@ class Manifest:
     version: int = VERSION
 
 
+_MANIFESTS = TypeAdapter(Manifest)
+
+
 @dataclass(frozen=True)
 class _Range:
     start: int
@@ -216,6 +219,9 @@ class CheckpointReader:
     def verify(self, part: int = 0, num_parts: int = 1) -> None:
         """Compares sizes and headers of all files with the manifest, and the content of the `part`-th of `num_parts`
         parts with the checksums, by several threads."""
+        step, named = self.manifest.state.get("step"), _STEP_FOLDER.fullmatch(self.folder.name)
+        if named and step is not None and step != int(named[1]):
+            raise self._damaged(MANIFEST, f"is that of step {step!r:.20}")
         whole = [name for name in sorted(self.manifest.files) if not name.endswith(_TENSORS)]
         checks: list[tuple[str, StoredTensor | None]] = [(name, None) for name in whole]
         for name, tensors in self._headers.items():
@@ -332,10 +338,10 @@ def _read_manifest(folder: Path) -> Manifest:
         content = read_sealed_json(path, remedy="use another checkpoint")
         if (content.get("format"), content.get("version")) != (FORMAT, VERSION):
             raise UserError(
-                f"checkpoint {folder} has format {content.get('format')!r} version {content.get('version')!r}; this "
-                f"program reads {FORMAT!r} version {VERSION}"
+                f"checkpoint {folder} has a {MANIFEST} of format {content.get('format')!r} version "
+                f"{content.get('version')!r}; this program reads {FORMAT!r} version {VERSION}"
             )
-        manifest = TypeAdapter(Manifest).validate_python(content)
+        manifest = _MANIFESTS.validate_python(content)
     except (FileNotFoundError, NotADirectoryError):
         kind = DamagedError if folder.is_dir() else UserError
         raise kind(
@@ -350,9 +356,7 @@ def _read_manifest(folder: Path) -> Manifest:
         raise DamagedError(str(error)) from None
     for name in manifest.files:
         if not is_plain_name(name):
-            raise DamagedError(
-                f"checkpoint {folder} names {name!r}, which is not a file of its own folder; use another"
-            )
+            raise DamagedError(f"{path} names {name!r}, which is not a file of its own folder; use another checkpoint")
     for name, shape in manifest.shapes.items():
         if any(size < 0 for size in shape) or math.prod(shape[:_MAX_DIMS]) >= 1 << 62 or len(shape) > _MAX_DIMS:
             raise DamagedError(

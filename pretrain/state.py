@@ -18,14 +18,12 @@ from parallel.launch import gather_texts
 from parallel.optimizer import global_place
 from pretrain.assemble import Assembly, failing_together
 from pretrain.checkpoint import (
-    MANIFEST,
     CheckpointReader,
     DamagedError,
     list_checkpoints,
     list_damaged,
     put_back_replaced,
     set_aside,
-    step_folder,
 )
 from pretrain.config import dump_config
 from pretrain.errors import UserError
@@ -139,9 +137,6 @@ def _agreed_names(run: Assembly) -> list[str]:
 def _verified(run: Assembly, folder: Path) -> CheckpointReader:
     reader = CheckpointReader(folder)
     reader.verify(run.place.rank, run.place.world_size)
-    step = reader.manifest.state.get("train", {}).get("step")
-    if step is not None and step_folder(run.folder, int(step)) != folder:
-        raise DamagedError(f"checkpoint {folder} is damaged: {MANIFEST} is that of step {step}; use another checkpoint")
     return reader
 
 
@@ -166,6 +161,7 @@ def _snapshot(run: Assembly, state: TrainState) -> Snapshot:
         tensors=tensors_to_save(run),
         shapes={shard.name: shard.shape for shard in run.optimizer.shards() if shard.owned},
         state={
+            "step": state.step,
             "train": state.to_json(),
             "data": run.stream.fingerprint,
             "tokenizer": asdict(run.stream.datasets[0].tokenizer),

@@ -41,7 +41,7 @@ def write(folder: Path, cuts: list[int]) -> Path:
     bounds = [0, *cuts, len(VALUES)]
     for rank, (start, end) in enumerate(itertools.pairwise(bounds)):
         files |= writer.write_tensors(rank, {f"param/w@{start}": VALUES[start:end]})
-    writer.commit(files=files, shapes={"w": (4, 25)}, state={"step": 3}, texts={"config.toml": b"[model]\n"})
+    writer.commit(files=files, shapes={"w": (4, 25)}, state={"tokens": 3}, texts={"config.toml": b"[model]\n"})
     return folder
 
 
@@ -55,7 +55,7 @@ def test_any_range_from_any_cut(tmp_path: Path, cuts: list[int]) -> None:
         numel = choose.randint(1, 100 - start)
         assert torch.equal(reader.range("param/w", start, numel), VALUES[start : start + numel])
     assert torch.equal(reader.parameter("w"), VALUES.view(4, 25))
-    assert reader.manifest.state == {"step": 3}
+    assert reader.manifest.state == {"tokens": 3}
     assert reader.text("config.toml") == "[model]\n"
 
 
