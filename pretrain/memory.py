@@ -33,7 +33,7 @@ _FP32 = 4
 _ALIGNMENT = 2
 _WHAT = {
     "states": "between layers",
-    "norms": "inputs in fp32, outputs",
+    "norms": "what they give",
     "attention": "latents, queries, keys, values",
     "routing": "affinities, choices, permutations",
     "routed experts": "rows there and back, SwiGLU; mean load",
