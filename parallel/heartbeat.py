@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NoReturn
@@ -45,14 +45,16 @@ class Pace:
 
 
 @contextmanager
-def watch_ranks(place: Place, pace: Pace | None = None) -> Iterator[None]:
+def watch_ranks(
+    place: Place, pace: Pace | None = None, before_end: Callable[[str], None] = lambda verdict: None
+) -> Iterator[None]:
     """While the block runs, the loss of any rank ends it on all others: with LostRankError where the block fails
-    because of it, else by ending the process with LOST_RANK_STATUS. A block that ends well waits for those of the
-    others. Processes must have been joined through a TCPStore."""
+    because of it, else by ending the process with LOST_RANK_STATUS, after `before_end` has heard why. A block that ends
+    well waits for those of the others. Processes must have been joined through a TCPStore."""
     if place.world_size == 1:
         yield
         return
-    heartbeat = _Heartbeat(place, pace or Pace())
+    heartbeat = _Heartbeat(place, pace or Pace(), before_end)
     try:
         yield
     except BaseException as error:
@@ -71,7 +73,7 @@ def end_process(message: object, rank: int) -> NoReturn:
     os._exit(LOST_RANK_STATUS)
 
 
-class _Silence:
+class Silence:
     """For how long a value has not changed, as far as this process was awake to see it."""
 
     def __init__(self, most_per_look: float) -> None:
@@ -92,8 +94,9 @@ class _Heartbeat:
     """Two threads: the pulse talks with the store; the guard ends the process even while the pulse waits for a store
     that is frozen and the main thread for a collective."""
 
-    def __init__(self, place: Place, pace: Pace) -> None:
+    def __init__(self, place: Place, pace: Pace, before_end: Callable[[str], None]) -> None:
         self._rank, self._num_ranks, self._pace = place.rank, place.world_size, pace
+        self._before_end = before_end
         store = _get_default_store().clone()  # type: ignore[attr-defined]
         # A group may watch more than one block, one after another; what was said about the last must not count again.
         number = store.add(f"heartbeat/blocks of rank {place.rank}", 1)
@@ -101,7 +104,7 @@ class _Heartbeat:
         # torchrun keeps the store itself; else the process of rank 0 does.
         self._keeps_store = place.is_first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         steps = range(1, min(NUM_WATCHED + 1, place.world_size))
-        self._watched = {(place.rank + step) % place.world_size: _Silence(2 * pace.interval) for step in steps}
+        self._watched = {(place.rank + step) % place.world_size: Silence(2 * pace.interval) for step in steps}
         self._name = f"pid {os.getpid()} on {socket.gethostname()}"
         self._rounds = 0
         self._found: list[str] = []
@@ -192,7 +195,7 @@ class _Heartbeat:
         self._store.append(key, value)  # type: ignore[attr-defined]
 
     def _guard(self) -> None:
-        silence = _Silence(self._pace.interval)
+        silence = Silence(self._pace.interval)
         told = 0.0
         while not self._stopped.wait(self._pace.interval / 2):
             if silence.look(self._rounds) >= self._pace.limit:
@@ -201,6 +204,7 @@ class _Heartbeat:
                 told += self._pace.interval / 2
             # By then the main thread would have ended, if it could. One that failed by itself has more to say.
             if told >= 3 * self._pace.interval and not self._last_words:
+                self._before_end(self._verdict)
                 end_process(self._verdict, self._rank)
 
     def _describe_store(self) -> str:

@@ -11,8 +11,11 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+JOIN_TIMEOUT = timedelta(minutes=10)
+# The last resort: the heartbeat and the watchdog of a training find out sooner what is wrong.
+COLLECTIVE_TIMEOUT = timedelta(hours=2)
 
 
 class LaunchError(ValueError):
@@ -63,16 +66,17 @@ def join_processes(place: Place) -> None:
         torch.cuda.set_device(place.device)
         backend = "cpu:gloo,cuda:nccl"
     if place.world_size == 1:
-        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore(), timeout=COLLECTIVE_TIMEOUT)
+        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore(), timeout=JOIN_TIMEOUT)
     elif "MASTER_ADDR" in os.environ:
         dist.init_process_group(
-            backend, rank=place.rank, world_size=place.world_size, timeout=COLLECTIVE_TIMEOUT, init_method="env://"
+            backend, rank=place.rank, world_size=place.world_size, timeout=JOIN_TIMEOUT, init_method="env://"
         )
     else:
         raise LaunchError(
             f"MASTER_ADDR is not set, so {place.world_size} processes cannot find each other; start with torchrun, "
             "or export MASTER_ADDR and MASTER_PORT"
         )
+    _set_pg_timeout(COLLECTIVE_TIMEOUT)
 
 
 def leave_processes() -> None:

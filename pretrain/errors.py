@@ -23,3 +23,9 @@ class GuardError(SharedError):
     """The training cannot go on without somebody who looks at it; every process knows why."""
 
     exit_status = STOPPED_BY_GUARD
+
+
+class UnhealthyHostsError(SharedError):
+    """Some hosts must not take part; every process knows which."""
+
+    exit_status = UNHEALTHY_HOSTS

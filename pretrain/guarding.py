@@ -1,16 +1,132 @@
 """Carries out what `pretrain.guards` decides."""
 
-from dataclasses import replace
+import hashlib
+import json
+import shutil
+import socket
+from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
+
+from torch import Tensor
 
 from data.loader import Batch
-from pretrain.assemble import Assembly
-from pretrain.errors import GuardError
-from pretrain.guards import GUARDS, GuardState, JudgedStep, Verdict, describe, is_applied, judge, report
+from data.shards import write_atomically
+from model.config import ModelConfig
+from model.counts import count_parameters
+from model.router import BIAS_NAME
+from parallel.build import shared_parameters
+from parallel.equality import Difference, find_differences
+from parallel.health import Finding, collect_facts, judge_health, minority
+from parallel.launch import gather_texts
+from parallel.optimizer import is_expert
+from pretrain.assemble import DTYPES, Assembly, failing_together
+from pretrain.config import dump_config
+from pretrain.errors import GuardError, SharedError, UnhealthyHostsError
+from pretrain.guards import (
+    GUARDS,
+    GuardState,
+    JudgedStep,
+    Verdict,
+    describe,
+    is_applied,
+    judge,
+    report,
+    report_differences,
+)
 from pretrain.recorder import Recorder
 from pretrain.state import TrainState, resume
 from pretrain.step import StepResult, train_step
 from pretrain.timeline import TimelineValues
+
+UNHEALTHY = "unhealthy_hosts"
+
+
+def check_health(run: Assembly) -> None:
+    """Looks at all ranks. Raises UnhealthyHostsError, with the hosts in RUN/unhealthy_hosts, one a line, or SharedError
+    for what is wrong everywhere: both on all ranks."""
+    text = dump_config(run.config)
+    facts = collect_facts(
+        run.place,
+        run.mesh,
+        dtype=DTYPES[run.config.precision.dtype],
+        config=hashlib.sha256(text.encode()).hexdigest(),
+        free_bytes=_free_bytes(run.folder),
+    )
+    others, _ = minority(facts, lambda fact: fact.config)
+    if others:
+        raise SharedError(
+            f"ranks {', '.join(str(fact.rank) for fact in others)} have another configuration than the rest; start all "
+            "of them with the same file and the same --set"
+        )
+    needed = checkpoint_bytes(run.config.model, run.config.optimizer.moments)
+    short = [fact for fact in facts if fact.free_bytes < needed]
+    if len(short) == len(facts):
+        raise SharedError(
+            f"run.dir = {run.config.run.dir!r} has {max(fact.free_bytes for fact in facts) / 2**30:.1f} GiB free, a "
+            f"checkpoint takes {needed / 2**30:.1f} GiB; make room, or use another run.dir"
+        )
+    findings = judge_health(facts)
+    findings += [Finding(fact.rank, fact.host, "too little free space for a checkpoint") for fact in short]
+    if findings:
+        _refuse_hosts(run, findings)
+
+
+def _refuse_hosts(run: Assembly, findings: list[Finding]) -> None:
+    hosts = sorted({finding.host for finding in findings})
+    with failing_together():
+        if run.place.is_first:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(run.folder / UNHEALTHY, "".join(f"{host}\n" for host in hosts).encode())
+    lines = [f"  rank {finding.rank} on {finding.host}: {finding.what}" for finding in findings]
+    raise UnhealthyHostsError(
+        "\n".join(["these ranks cannot take part:", *lines])
+        + f"\nTheir hosts are listed in {run.folder / UNHEALTHY}; start again without them, or with "
+        "guards.check_health = false"
+    )
+
+
+def checkpoint_bytes(model: ModelConfig, moments: str) -> int:
+    """How large a checkpoint is: fp32 masters and both moments of every parameter."""
+    return count_parameters(model).trained * (4 + 2 * {"fp32": 4, "bf16": 2}[moments])
+
+
+def _free_bytes(folder: Path) -> int:
+    """Where the folder is or will be."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free
+
+
+def check_replicas(run: Assembly, step: int) -> None:
+    """Compares what several ranks hold copies of. Raises GuardError, on all ranks, where copies differ."""
+    mesh = run.mesh
+    held = _replicated(run)
+    ends = {name: held[name] for name in shared_parameters(run.model, mesh) if name in held}
+    found = [
+        *find_differences({name: held[name] for name in held if not is_expert(name)}, mesh.replicas),
+        *find_differences({name: held[name] for name in held if is_expert(name)}, mesh.expert_replicas),
+        *find_differences(ends, mesh.ends),
+    ]
+    said = gather_texts(json.dumps({"host": socket.gethostname(), "found": [asdict(item) for item in found]}))
+    everywhere = [json.loads(text) for text in said]
+    differences = {
+        Difference(item["name"], tuple(map(tuple, item["parties"]))): None
+        for part in everywhere
+        for item in part["found"]
+    }
+    if differences:
+        raise GuardError(report_differences(step, list(differences), [part["host"] for part in everywhere]))
+
+
+def _replicated(run: Assembly) -> dict[str, Tensor]:
+    """Weights, where they are whole, expert biases and, where each rank keeps all of it, the optimizer's state."""
+    stage = run.config.parallel.zero_stage
+    held = {name: p.detach() for name, p in run.model.named_parameters()} if stage < 3 else {}
+    held |= {name: buffer for name, buffer in run.model.named_buffers() if name.endswith(BIAS_NAME)}
+    if stage == 0:
+        for shard in run.optimizer.shards():
+            held |= {f"{shard.name} ({kind})": tensor for kind, tensor in shard.tensors.items()}
+    return held
 
 
 def guard_of(state: TrainState) -> GuardState:

@@ -20,15 +20,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from parallel.equality import Difference
 from parallel.faults import Fault
+from parallel.launch import COLLECTIVE_TIMEOUT
 
 Verdict = Literal["fine", "not finite", "spike", "new level"]
 GUARDS = "guards"
 NORMAL = 1.4826
 NUM_NAMED = 4
 LEAST_OF_LOSS, LEAST_OF_NORM = 0.01, 0.1
-# Beyond it torch's own collectives give up, without a word on where.
-LONGEST_TIMEOUT_S = 7200.0
+LONGEST_TIMEOUT_S = COLLECTIVE_TIMEOUT.total_seconds()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +39,10 @@ class GuardsConfig:
 
     A spike (`spike_deviations` above the last `spike_window` steps, once half of them are there) is told ("warn"), not
     applied ("skip"), or makes the run go on from its newest checkpoint with the samples after the spike ("rollback").
-    A step that takes longer than `timeout` seconds, saving included, ends the run with the stacks of all ranks. Every
-    `check_replicas_every` steps (0: never), copies of parameters are compared bit by bit. `check_health` looks at all
-    ranks before the first step.
+    A step that takes longer than `timeout` seconds, saving included, ends the run with the stacks of all ranks in
+    RUN/log; so does a rank that has not answered for `lost_after` seconds. Every `check_replicas_every` steps and
+    before saving (0: never), copies of parameters are compared bit by bit. `check_health` looks at all ranks before the
+    first step.
     """
 
     max_skipped_in_a_row: int = 5
@@ -48,6 +50,7 @@ class GuardsConfig:
     spike_window: int = 128
     spike_deviations: float = 10.0
     timeout: float = 1800.0
+    lost_after: float = 18.0
     check_replicas_every: int = 500
     check_health: bool = True
 
@@ -63,6 +66,8 @@ class GuardsConfig:
                 f"timeout = {self.timeout} must lie between 1 and {LONGEST_TIMEOUT_S:g} seconds, after which "
                 "collectives give up by themselves"
             )
+        if self.lost_after < 5:
+            raise ValueError(f"lost_after = {self.lost_after} must be at least 5 seconds, for a rank that is only slow")
         if self.check_replicas_every < 0:
             raise ValueError(f"check_replicas_every = {self.check_replicas_every} must not be negative; 0 is never")
 
@@ -181,6 +186,22 @@ def report(config: GuardsConfig, description: str) -> str:
         "newest checkpoint. Else the run may have diverged: move the newest checkpoints away to go back further, and "
         "lower timeline.learning_rate"
     )
+
+
+def report_differences(step: int, found: Sequence[Difference], hosts: Sequence[str]) -> str:
+    """With what a run ends whose ranks hold unlike copies; `hosts` by rank."""
+    lines = [f"step {step:,}: copies of parameters are no longer equal bit for bit:"]
+    for difference in found[:NUM_NAMED]:
+        most, *others = difference.parties
+        apart = ", ".join(f"{rank} ({hosts[rank]})" for party in others for rank in party)
+        lines.append(f"  {difference.name}: ranks {', '.join(map(str, most))} against {apart}")
+    if len(found) > NUM_NAMED:
+        lines.append(f"  and {len(found) - NUM_NAMED} more")
+    lines.append(
+        "Memory or a link of one of these machines is faulty: leave it out. The same command goes on from the newest "
+        "checkpoint, before which copies were equal"
+    )
+    return "\n".join(lines)
 
 
 def _describe_fault(fault: Fault) -> str:

@@ -3,20 +3,23 @@
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from data.loader import BatchLoader, BatchSpec
 from data.stream import SampleStream
 from model.counts import count_parameters, training_flops_per_token
-from parallel.heartbeat import watch_ranks
+from parallel.heartbeat import Pace, watch_ranks
 from parallel.launch import Place
+from parallel.watchdog import Progress, watch_progress, write_stacks
 from pretrain.assemble import DTYPES, Assembly, assemble, failing_together, open_data, verify_data
 from pretrain.config import Config, TrainConfig, dump_config
+from pretrain.errors import SharedError
 from pretrain.evaluate import HeldOut, open_held_out
 from pretrain.fp8 import describe_fp8, monitors_fp8
-from pretrain.guarding import guard_of, roll_back, take_step, tell
+from pretrain.guarding import check_health, check_replicas, guard_of, roll_back, take_step, tell
 from pretrain.recorder import Goal, Recorder, SilentRecorder, max_memory_gib, peak_tflops
 from pretrain.saving import Saver
 from pretrain.state import TrainState, first_state, open_saver, resume, save
@@ -35,22 +38,29 @@ def train(config: Config, place: Place) -> bool:
     """Trains until the end that the configuration sets, from the newest checkpoint if there is one.
 
     Returns False when a signal stopped it before; a checkpoint of the last step is there either way. Processes must
-    have been joined. Raises UserError, on all ranks alike, before the first step; LostRankError as `watch_ranks` does.
+    have been joined. Raises UserError, on all ranks alike, before the first step, and its GuardError later;
+    LostRankError as `watch_ranks` does.
     """
+    guards, log = config.guards, config.run.folder / "log"
+    pace, before_end = Pace(limit=guards.lost_after), partial(write_stacks, log, place.rank)
     # A launcher that sees the loss of a rank sends SIGTERM; what is waited for then is the name of that rank.
-    with catch_stop_signals() as stop, watch_ranks(place):
+    with catch_stop_signals() as stop, watch_ranks(place, pace, before_end):
         with failing_together():
             stream = open_data(config)
             held_out = open_held_out(config) if config.train.validate_every else None
         if config.data.verify:
             verify_data(stream, place)
         run = assemble(config, place, stream)
-        state = resume(run) or first_state(run)
-        while True:
-            ended = _train_from(run, state, held_out, stop)
-            if not ended.rolls_back:
-                return config.train.is_end(ended.state.step, ended.state.tokens)
-            state = roll_back(run, ended.state)
+        with watch_progress(place, log, guards.timeout) as progress:
+            if guards.check_health:
+                check_health(run)
+            state = resume(run) or first_state(run)
+            while True:
+                progress.made()
+                ended = _train_from(run, state, held_out, stop, progress)
+                if not ended.rolls_back:
+                    return config.train.is_end(ended.state.step, ended.state.tokens)
+                state = roll_back(run, ended.state)
 
 
 @dataclass(frozen=True)
@@ -62,17 +72,26 @@ class _Ended:
     rolls_back: bool = False
 
 
-def _train_from(run: Assembly, state: TrainState, held_out: HeldOut | None, stop: StopRequest) -> _Ended:
+def _train_from(
+    run: Assembly, state: TrainState, held_out: HeldOut | None, stop: StopRequest, progress: Progress
+) -> _Ended:
     with failing_together():
         recorder = _open_recorder(run, state)
     with recorder:
         recorder.say(_describe_start(run, state))
         if run.config.precision.fp8 != "off":
             recorder.say(describe_fp8(run.config, run.model.execution.fp8.config))
-        return _loop(run, state, held_out, recorder, stop)
+        return _loop(run, state, held_out, recorder, stop, progress)
 
 
-def _loop(run: Assembly, state: TrainState, held_out: HeldOut | None, recorder: Recorder, stop: StopRequest) -> _Ended:
+def _loop(
+    run: Assembly,
+    state: TrainState,
+    held_out: HeldOut | None,
+    recorder: Recorder,
+    stop: StopRequest,
+    progress: Progress,
+) -> _Ended:
     saver = open_saver(run)
     saved_step = state.step if state.step else None
     train_config = run.config.train
@@ -98,16 +117,21 @@ def _loop(run: Assembly, state: TrainState, held_out: HeldOut | None, recorder: 
             if verdict != "fine":
                 tell(run, recorder, before, state, verdict, result)
             if verdict == "spike" and run.config.guards.on_spike == "rollback":
+                with suppress(SharedError):
+                    saver.finish()
                 return _Ended(state, rolls_back=True)
-            if run.config.checkpoint.every and state.step % run.config.checkpoint.every == 0:
-                save(run, state, saver)
+            if _is_due(state.step, run.config.checkpoint.every):
+                _save(run, state, saver)
                 saved_step = state.step
+            elif _is_due(state.step, run.config.guards.check_replicas_every):
+                check_replicas(run, state.step)
             _tell_of_saves(saver, recorder)
+            progress.made()
             meter.restart()
             if result.stop_requested:
                 break
     if saved_step != state.step:
-        save(run, state, saver)
+        _save(run, state, saver)
     try:
         saver.finish()
     finally:
@@ -210,6 +234,16 @@ class _Meter:
             layers = map(str, model.moe_layers)
             metrics["expert_load"] = dict(zip(layers, result.load.tolist(), strict=True))
         return metrics
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _save(run: Assembly, state: TrainState, saver: Saver) -> None:
+    if run.config.guards.check_replicas_every:
+        check_replicas(run, state.step)
+    save(run, state, saver)
 
 
 def _tell_of_saves(saver: Saver, recorder: Recorder) -> None:

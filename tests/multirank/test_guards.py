@@ -30,7 +30,8 @@ GUARDS = ["guards.spike_window=8", "guards.max_skipped_in_a_row=3", 'guards.on_s
 
 @dataclass(frozen=True)
 class Planted:
-    """In the step with these samples, `factor` times a gradient or a state, on one rank or on all (-1)."""
+    """In the step with these samples, `factor` times a gradient or a state, on one rank or on all (-1); or after it, a
+    flipped bit of the tensor called `what`."""
 
     what: str
     factor: float
@@ -42,12 +43,24 @@ def planted(run: Assembly, fault: Planted | None) -> Iterator[None]:
     if fault is None or fault.rank not in (-1, run.place.rank):
         yield
         return
+    if fault.what not in ("gradient", "state"):
+        yield
+        flip_bit(run, fault.what)
+        return
     if fault.what == "gradient":
         hook: Any = run.model.norm.weight.register_hook(lambda gradient: gradient * fault.factor)
     else:
         hook = run.model.norm.register_forward_hook(lambda module, inputs, output: output * fault.factor)
     yield
     hook.remove()
+
+
+def flip_bit(run: Assembly, name: str) -> None:
+    """The lowest bit of the last element."""
+    masters = {f"master of {shard.name}": shard.tensors["param"] for shard in run.optimizer.shards()}
+    tensor = {**dict(run.model.named_parameters()), **dict(run.model.named_buffers()), **masters}[name]
+    raw = tensor.detach().view(-1).view(torch.uint8)
+    raw[-tensor.element_size()] ^= 1
 
 
 def digest(run: Assembly) -> list[bytes]:
@@ -72,12 +85,13 @@ def train_with_faults(
             result = train_step(run, batch, *arguments, **named)
         if digest(run) == before:
             unchanged.append(sample)
-        assert result.skipped == (digest(run) == before)
+        if sample not in faults or faults[sample].what in ("gradient", "state"):
+            assert result.skipped == (digest(run) == before)
         return result
 
     pretrain.guarding.train_step = sabotaged
     # The heartbeat needs the store of a real launch.
-    pretrain.loop.watch_ranks = lambda place, pace=None: nullcontext()
+    pretrain.loop.watch_ranks = lambda *_: nullcontext()
     try:
         pretrain.loop.train(load_config(path, overrides), Place(rank, world_size, rank, torch.device("cpu")))
     except GuardError as error:
@@ -178,3 +192,40 @@ def test_the_state_of_guards_is_plain_json(tmp_path: Path) -> None:
     manifest = json.loads((run / "checkpoints" / "step-00000003" / "manifest.json").read_text())
     text = json.dumps(manifest)
     assert '"guards"' in text
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("norm.weight", ["precision.dtype=bf16"]),
+        ("layers.1.mlp.experts.down_proj", ["parallel.zero_stage=2"]),
+        ("layers.1.mlp.gate.e_score_correction_bias", ["parallel.zero_stage=3"]),
+        ("master of norm.weight", ["parallel.zero_stage=0", "precision.dtype=bf16"]),
+        ("embed_tokens.weight", ["parallel.pp=2"]),
+    ],
+    ids=str,
+)
+def test_a_flipped_bit_is_found(tmp_path: Path, name: str, layout: list[str]) -> None:
+    fault = {8: Planted(name, 1.0, rank=1)}
+    answers, run = start(tmp_path, *layout, "guards.check_replicas_every=1", faults=fault, steps=6)
+    for answer in answers:
+        assert answer["said"].startswith("step 3: copies of parameters are no longer equal bit for bit:\n")
+        assert f"  {name.removeprefix('master of ')}" in answer["said"]
+        assert "ranks 0 against 1 (" in answer["said"]
+        assert answer["said"].count("against") == 1
+    assert len(read_metrics(run)) == 3
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ["parallel.pp=2", "parallel.schedule=dualpipe", "precision.dtype=bf16"],
+        ["parallel.pp=2", "parallel.schedule=zbv"],
+        ["parallel.ep=2", "parallel.zero_stage=3"],
+    ],
+    ids=str,
+)
+def test_sound_copies_are_equal_after_every_step(tmp_path: Path, layout: list[str]) -> None:
+    answers, run = start(tmp_path, *layout, "guards.check_replicas_every=1", "train.batch_size=8", faults={}, steps=3)
+    assert not any(answer["said"] for answer in answers)
+    assert len(read_metrics(run)) == 3
