@@ -17,7 +17,7 @@ applied, and begins the window anew. So no fault can make this guard skip more s
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from parallel.equality import Difference
@@ -114,7 +114,7 @@ class GuardState:
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary."""
-        return {**asdict(self), "losses": list(self.losses), "norms": list(self.norms)}
+        return {**vars(self), "losses": list(self.losses), "norms": list(self.norms)}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any] | None) -> "GuardState":
