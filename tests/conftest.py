@@ -1,12 +1,21 @@
-"""One thread in every test: the same sums in a process and in its forks, and no crowd on two cores. And the table of
-layouts, at the end of a run that tried any."""
+"""One thread in every test: the same sums in a process and in its forks, and no crowd on two cores. No test leaves a
+group of processes behind, which forks of later tests would find. And the table of layouts, at the end of a run that
+tried any."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch import distributed as dist
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_group_is_left() -> Iterator[None]:
+    yield
+    assert not dist.is_initialized()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -212,9 +212,11 @@ def test_two_runs_at_once(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.M
 
 
 _ROOT = Path(__file__).parents[3]
-# The command line, with units so small that a small corpus has many.
+# The command line, with units so small that a small corpus has many. Tests that a shell runs in the background inherit
+# that SIGINT is ignored.
 _PROGRAM = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from data import __main__, sources
 sources._MIN_UNIT_BYTES = sources._MAX_UNIT_BYTES = 10_000
 sys.exit(__main__.main())
@@ -246,9 +248,9 @@ def _stop_when(command: list[str], condition: Callable[[], bool], number: signal
     return process.wait(60), process.communicate()[1], workers
 
 
-def _corpus(folder: Path, *, num_files: int = 40) -> Path:
+def _corpus(folder: Path) -> Path:
     folder.mkdir()
-    for number in range(num_files):
+    for number in range(40):
         (folder / f"{number}.txt").write_text(code_like(number, 150))
     return folder
 
@@ -295,8 +297,7 @@ def test_killed_at_any_moment_and_run_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_run_says_how_to_go_on(tmp_path: Path, number: signal.Signals) -> None:
-    # Enough for the signal to come in time on a busy machine.
-    source, out = _corpus(tmp_path / "source", num_files=200), tmp_path / "out"
+    source, out = _corpus(tmp_path / "source"), tmp_path / "out"
     status, message, _ = _stop_when(_command(source, out), _moments(out)[2], number)
     assert status == 75
     assert message == "interrupted; the same command goes on where it stopped\n"

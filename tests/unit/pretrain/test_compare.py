@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from support import write_dataset, write_run
 
+from parallel.launch import leave_processes
 from pretrain.__main__ import build_parser, main
 from pretrain.compare import plan_comparison
 from pretrain.config import dump_config, load_config
@@ -187,7 +188,11 @@ def test_what_is_planned(config: Path, tmp_path: Path) -> None:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    assert main(["compare", *map(str, arguments)]) == 2
+    try:
+        assert main(["compare", *map(str, arguments)]) == 2
+    finally:
+        # A command that fails leaves that to the end of its process.
+        leave_processes()
     return capsys.readouterr().err
 
 
