@@ -68,9 +68,11 @@ def join_processes(place: Place) -> None:
     if place.world_size == 1:
         dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore(), timeout=JOIN_TIMEOUT)
     elif "MASTER_ADDR" in os.environ:
-        dist.init_process_group(
-            backend, rank=place.rank, world_size=place.world_size, timeout=JOIN_TIMEOUT, init_method="env://"
-        )
+        store, rank, world_size = next(dist.rendezvous("env://", place.rank, place.world_size, timeout=JOIN_TIMEOUT))
+        store.set_timeout(JOIN_TIMEOUT)
+        # torchrun keeps one store through its restarts: the addresses of ranks that are gone must not be found there.
+        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=JOIN_TIMEOUT, store=store)
     else:
         raise LaunchError(
             f"MASTER_ADDR is not set, so {place.world_size} processes cannot find each other; start with torchrun, "
