@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -166,11 +166,20 @@ def small_model_toml(**changes: Any) -> str:
     return "\n".join(f"{key} = {value}" for key, value in sizes if isinstance(value, int | float))
 
 
-def start_training(config: Path, *overrides: str, processes: int = 1) -> subprocess.Popen[str]:
+def start_training(
+    config: Path, *overrides: str, processes: int = 1, launcher_options: Sequence[str] = ()
+) -> subprocess.Popen[str]:
     """`python -m pretrain train`, or the same under torchrun, in a process group of its own."""
     launcher = [sys.executable]
     if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        launcher += [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(processes),
+            *launcher_options,
+        ]
     command = [*launcher, "-m", "pretrain", "train", str(config)]
     for override in overrides:
         command += ["--set", override]
