@@ -205,6 +205,16 @@ def clipping(norm: float, clip: float) -> float:
     return min(1.0, clip / (norm + 1e-6)) if clip else 1.0
 
 
+def agreed_norm(norm: Tensor | float, device: torch.device) -> float:
+    """A norm that every rank has worked out, infinite where it is not finite or DeepSpeed says so with -1. Where ranks
+    that added in another order differ in the last bit, it is the largest, so that all of them do the same with it. A
+    collective of all ranks, on their devices."""
+    found = torch.as_tensor(norm, dtype=torch.float64, device=device)
+    found = torch.where(found.isfinite() & (found >= 0), found, math.inf)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return float(found)
+
+
 def is_expert(name: str) -> bool:
     """Whether a parameter holds routed experts, [E_local, ...] of [E, ...]."""
     return EXPERTS in name

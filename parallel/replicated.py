@@ -17,6 +17,7 @@ from parallel.optimizer import (
     AdamW,
     OptimizerConfig,
     OptimizerShard,
+    agreed_norm,
     clipping,
     forget_gradient,
     global_place,
@@ -77,7 +78,7 @@ class ReplicatedOptimizer:
         dist.all_reduce(self._dense_sum, group=self._mesh.replicas)
         dist.all_reduce(self._expert_sum, group=self._mesh.expert_replicas)
         num_replicas = self._mesh.replicas.size()
-        norm = float(self._norm()) / num_replicas
+        norm = agreed_norm(self._norm(), self._dense_sum.device) / num_replicas
         if updated := math.isfinite(norm) and accepts(norm):
             for group in self._adam.param_groups:
                 group["lr"] = learning_rate

@@ -38,6 +38,7 @@ from parallel.optimizer import (
     OptimizerConfig,
     OptimizerShard,
     ZeroConfig,
+    agreed_norm,
     clipping,
     forget_gradient,
     global_place,
@@ -161,11 +162,11 @@ class ZeroOptimizer:
 
         def judged() -> Any:
             norms = compute()
-            is_list = isinstance(norms, list)
-            self._last_norm = norm = float(self._utils.combine_grad_norm_groups(norms if is_list else [norms]))
+            found = self._utils.combine_grad_norm_groups(norms if isinstance(norms, list) else [norms])
+            self._last_norm = norm = agreed_norm(found, next(self.module.parameters()).device)
             if not math.isfinite(norm) or self._accepts(norm):
                 return norms
-            return [math.inf] if is_list else math.inf
+            return [math.inf] if isinstance(norms, list) else math.inf
 
         setattr(self._zero, self._norm_method, judged)
 
@@ -233,14 +234,13 @@ class _OnePassOptimizer(ZeroOptimizer):
         )
 
     def _norm(self) -> float:
-        """Of the sums over replicas, each parameter of the model counted once; infinite if it is not a number."""
+        """Of the sums over replicas, each parameter of the model counted once."""
         wrapper, utils = self._zero, self._utils
         dense, experts = wrapper.get_grads_for_norm()
         norm = utils.get_global_norm_of_tensors(dense, mpu=wrapper.mpu)
         if wrapper.has_moe_layers:
             norm = utils.get_norm_with_moe_layers(norm, mpu=wrapper.mpu, expert_tensors=experts)
-        found = float(norm)
-        return found if found >= 0 else math.inf  # DeepSpeed has -1 for what is not finite.
+        return agreed_norm(norm, wrapper.fp32_groups_flat_partition[0].device)
 
 
 class _DividedWeightsOptimizer(ZeroOptimizer):

@@ -185,7 +185,7 @@ def distance(one: Tensor, other: Tensor) -> float:
 def train(case: Case, reference: Reference) -> dict[str, object]:
     """Trains on this rank; returns what it saw."""
     model, mesh, optimizer = build(case)
-    norms = []
+    norms, refused = [], []
     for parts in reference.gradients:
         add_gradients(model, mesh, parts, optimizer)
         refused_norm, updated = optimizer.step(LEARNING_RATE, lambda norm: False)
@@ -193,8 +193,8 @@ def train(case: Case, reference: Reference) -> dict[str, object]:
         add_gradients(model, mesh, parts, optimizer)
         norm, updated = optimizer.step(LEARNING_RATE)
         assert updated
-        assert refused_norm == pytest.approx(norm, rel=1e-6)
         norms.append(norm)
+        refused.append(refused_norm)
     expected = {name: experts_here(name, reference.parameters[name], mesh) for name, _ in model.named_parameters()}
     masters, places = {}, []
     for shard in optimizer.shards():
@@ -220,6 +220,7 @@ def train(case: Case, reference: Reference) -> dict[str, object]:
     loaded = {name: distance(p.detach().float(), 2 * expected[name]) for name, p in model.named_parameters()}
     return {
         "norms": norms,
+        "refused": refused,
         "masters": masters,
         "weights": weights,
         "places": places,
@@ -248,6 +249,7 @@ def check(case: Case, reference: Reference, ranks: list[dict[str, object]]) -> N
     covered = {name: torch.zeros(value.numel(), dtype=torch.int64) for name, value in reference.parameters.items()}
     for seen in ranks:
         assert seen["norms"] == pytest.approx(reference.norms, rel=1e-5), case
+        assert seen["refused"] == pytest.approx(reference.norms, rel=1e-5), case
         for kind, tolerance in (("masters", 1e-5), ("weights", 1e-5 if case.dtype == FP32 else 4e-3)):
             assert max(seen[kind].values()) < tolerance, (case, kind, seen[kind])
         assert seen["skipped"], case
