@@ -4,9 +4,8 @@ until it has a checkpoint to start from, so that a test can interfere."""
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
-import pretrain.loop
+from data.loader import Batch, BatchLoader
 from pretrain.__main__ import build_parser, exit_now, main
 from pretrain.config import load_config
 
@@ -14,16 +13,16 @@ STEP_SECONDS = 1.0
 
 
 def slow_down(run: Path) -> None:
-    """Makes each step wait if the run has no checkpoint now."""
+    """Makes each batch wait if the run has no checkpoint now."""
     if any((run / "checkpoints").glob("step-*")):
         return
-    take_step = pretrain.loop.train_step
+    take_next = BatchLoader.__next__
 
-    def take_slow_step(*arguments: Any, **options: Any) -> Any:
+    def take_next_slowly(batches: BatchLoader) -> Batch:
         time.sleep(STEP_SECONDS)
-        return take_step(*arguments, **options)
+        return take_next(batches)
 
-    pretrain.loop.train_step = take_slow_step
+    BatchLoader.__next__ = take_next_slowly  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
