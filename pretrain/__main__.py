@@ -148,6 +148,7 @@ def _add_exchange(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     export.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     export.add_argument("out", type=Path, metavar="OUT", help="the folder to write")
     export.add_argument("--dtype", choices=("fp32", "bf16", "fp8"), help="of the weights (default: as stored)")
+    export.add_argument("--ema", action="store_true", help="the moving average of the weights (see checkpoint.ema)")
     import_ = _add(
         commands,
         "import",

@@ -253,10 +253,10 @@ class CheckpointReader:
             self._guard(piece.file, read_elements, piece.stored, begin - piece.start, part)
         return values
 
-    def parameter(self, name: str) -> Tensor:
-        """A whole parameter in its shape and stored dtype."""
+    def parameter(self, name: str, kind: str = "param") -> Tensor:
+        """A whole parameter in its shape and stored dtype, or its average (`ema`)."""
         shape = self.manifest.shapes[name]
-        return self.range(f"param/{name}", 0, torch.Size(shape).numel()).view(shape)
+        return self.range(f"{kind}/{name}", 0, torch.Size(shape).numel()).view(shape)
 
     def tensor(self, key: str) -> Tensor | None:
         """A whole flat tensor `kind/name`, None if there is none."""

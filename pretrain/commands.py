@@ -80,7 +80,7 @@ def export(arguments: Namespace) -> int:
     from pretrain.hf import export_folder
     from pretrain.weights import open_weights
 
-    weights = open_weights(arguments.checkpoint)
+    weights = open_weights(arguments.checkpoint, averaged=arguments.ema)
     notes = export_folder(
         weights.config,
         weights.tensors(),

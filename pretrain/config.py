@@ -112,17 +112,21 @@ class PrecisionConfig:
 class CheckpointConfig:
     """`[checkpoint]`: saved every so many steps (0: only at the end); the last `keep` stay (0: all), and those of every
     `keep_every`-th step for good (0: of none). With `async`, the run goes on while the disk writes, and each rank holds
-    a copy of its part in memory of the host."""
+    a copy of its part in memory of the host. `ema`, such as 0.999 (0: none), is how much of the moving average of the
+    weights stays at each step; it is kept in memory of the host, and saved."""
 
     every: int = 1000
     keep: int = 2
     keep_every: int = 0
     async_: bool = False
+    ema: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("every", "keep", "keep_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)} must not be negative")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema = {self.ema} must lie in [0, 1); 0.999 averages about 1000 steps, 0 is no average")
         if self.keep_every and not self.keep:
             raise ValueError(f"keep_every = {self.keep_every} has no effect with keep = 0, which keeps all; remove it")
 

@@ -15,6 +15,7 @@ from parallel.heartbeat import Pace, watch_ranks
 from parallel.launch import Place
 from parallel.watchdog import Progress, watch_progress, write_stacks
 from pretrain.assemble import DTYPES, Assembly, assemble, failing_together, open_data, verify_data
+from pretrain.averages import Averages
 from pretrain.config import Config, TrainConfig, dump_config
 from pretrain.errors import SharedError
 from pretrain.evaluate import HeldOut, open_held_out
@@ -22,7 +23,7 @@ from pretrain.fp8 import describe_fp8, monitors_fp8
 from pretrain.guarding import check_health, check_replicas, guard_of, roll_back, take_step, tell
 from pretrain.recorder import Goal, Recorder, SilentRecorder, max_memory_gib, peak_tflops
 from pretrain.saving import Saver
-from pretrain.state import TrainState, first_state, open_saver, resume, save
+from pretrain.state import TrainState, first_state, open_averages, open_saver, resume, save
 from pretrain.step import StepResult
 from pretrain.timeline import Timeline, TimelineValues
 
@@ -92,7 +93,7 @@ def _loop(
     stop: StopRequest,
     progress: Progress,
 ) -> _Ended:
-    saver = open_saver(run)
+    saver, averages = open_saver(run), open_averages(run, state)
     saved_step = state.step if state.step else None
     train_config = run.config.train
     meter = _Meter(run)
@@ -107,6 +108,8 @@ def _loop(
                 stop_requested=stop.requested,
                 monitors_fp8=monitors_fp8(run.config, state.step + 1),
             )
+            if averages and not result.skipped:
+                averages.update()
             metrics = meter.measure(state, values, result)
             metrics["checkpoint_failed"] = saver.failed
             if held_out and (
@@ -121,7 +124,7 @@ def _loop(
                     saver.finish()
                 return _Ended(state, rolls_back=True)
             if _is_due(state.step, run.config.checkpoint.every):
-                _save(run, state, saver)
+                _save(run, state, saver, averages)
                 saved_step = state.step
             elif _is_due(state.step, run.config.guards.check_replicas_every):
                 check_replicas(run, state.step)
@@ -131,7 +134,7 @@ def _loop(
             if result.stop_requested:
                 break
     if saved_step != state.step:
-        _save(run, state, saver)
+        _save(run, state, saver, averages)
     try:
         saver.finish()
     finally:
@@ -240,10 +243,10 @@ def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _save(run: Assembly, state: TrainState, saver: Saver) -> None:
+def _save(run: Assembly, state: TrainState, saver: Saver, averages: Averages | None) -> None:
     if run.config.guards.check_replicas_every:
         check_replicas(run, state.step)
-    save(run, state, saver)
+    save(run, state, saver, averages)
 
 
 def _tell_of_saves(saver: Saver, recorder: Recorder) -> None:

@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from data.errors import DataError
@@ -26,11 +25,11 @@ from data.shards import read_sealed_json, sealed_json
 from parallel.launch import gather_texts
 from pretrain.checkpoint import CheckpointWriter, FileEntry, remove_old_checkpoints, step_folder
 from pretrain.errors import SharedError
+from pretrain.host_copies import HostCopies
 from pretrain.tensor_files import write_small_file
 
 _LOOK_EVERY_S = 0.05
 _MOST_LOOKS = 1200
-_ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -51,31 +50,6 @@ class News:
 
     line: str
     is_failure: bool = False
-
-
-class HostCopies:
-    """Memory of the host for copies of tensors, kept from one save to the next: pinned for those of a GPU."""
-
-    def __init__(self) -> None:
-        self._buffer = torch.empty(0, dtype=torch.uint8)
-
-    def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copies of all tensors. Those of the call before are gone."""
-        places, size = {}, 0
-        for key, tensor in tensors.items():
-            places[key] = size
-            size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-        on_gpu = any(tensor.is_cuda for tensor in tensors.values())
-        if size > len(self._buffer):
-            self._buffer = torch.empty(0, dtype=torch.uint8)
-            self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu)
-        copies = {}
-        for key, tensor in tensors.items():
-            copy = self._buffer[places[key] : places[key] + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            copies[key] = copy.copy_(tensor.detach(), non_blocking=True)
-        if on_gpu:
-            torch.cuda.current_stream().synchronize()
-        return copies
 
 
 class Saver:
@@ -135,7 +109,8 @@ class Saver:
             writer.begin()
         snapshot = make()
         if self._in_background:
-            snapshot = replace(snapshot, tensors=self._copies.copy(snapshot.tensors))
+            snapshot = replace(snapshot, tensors=self._copies.begin(snapshot.tensors))
+            self._copies.wait()
         return _Job(writer, snapshot, rank=self._rank, world_size=self._world_size, after=self._remove_old)
 
     def _settle(self) -> str:

@@ -17,6 +17,7 @@ from model.router import BIAS_NAME
 from parallel.launch import gather_texts
 from parallel.optimizer import global_place
 from pretrain.assemble import Assembly, failing_together
+from pretrain.averages import Averages
 from pretrain.checkpoint import (
     CheckpointReader,
     DamagedError,
@@ -24,6 +25,7 @@ from pretrain.checkpoint import (
     list_damaged,
     put_back_replaced,
     set_aside,
+    step_folder,
 )
 from pretrain.config import dump_config
 from pretrain.errors import UserError
@@ -85,11 +87,31 @@ def open_saver(run: Assembly) -> Saver:
     )
 
 
-def save(run: Assembly, state: TrainState, saver: Saver | None = None) -> None:
+def open_averages(run: Assembly, state: TrainState) -> Averages | None:
+    """The averages of the weights that `checkpoint.ema` asks for, as the checkpoint of `state` has them, if it does."""
+    decay = run.config.checkpoint.ema
+    if not decay:
+        return None
+    readers, opened = [], []
+    with failing_together():
+        if (folder := step_folder(run.folder, state.step)).is_dir():
+            readers.append(CheckpointReader(folder))
+    saved = set(readers[0].keys("ema")) if readers else set()
+
+    def load(key: str, master: Tensor) -> Tensor | None:
+        name, _, start = key.rpartition("@")
+        return readers[0].range(f"ema/{name}", int(start), master.numel()) if name in saved else None
+
+    with failing_together():
+        opened.append(Averages(decay, lambda: _owned_masters(run), load))
+    return opened[0]
+
+
+def save(run: Assembly, state: TrainState, saver: Saver | None = None, averages: Averages | None = None) -> None:
     """Saves a checkpoint of `state`, every rank its own part, and removes those that are not kept. A `saver` counts and
     tells what fails; without one, it is waited for and raised as SharedError."""
     keeper = saver or open_saver(run)
-    keeper.save(state.step, lambda: _snapshot(run, state))
+    keeper.save(state.step, lambda: _snapshot(run, state, averages))
     if saver is None:
         keeper.finish()
 
@@ -155,10 +177,15 @@ def _tell(run: Assembly, line: str) -> None:
         log.write(line + "\n")
 
 
-def _snapshot(run: Assembly, state: TrainState) -> Snapshot:
+def _owned_masters(run: Assembly) -> dict[str, Tensor]:
+    return {f"{shard.name}@{shard.start}": shard.tensors["param"] for shard in run.optimizer.shards() if shard.owned}
+
+
+def _snapshot(run: Assembly, state: TrainState, averages: Averages | None) -> Snapshot:
+    ema = averages.tensors() if averages else {}
     return Snapshot(
         step=state.step,
-        tensors=tensors_to_save(run),
+        tensors={**tensors_to_save(run), **{f"ema/{key}": tensor for key, tensor in ema.items()}},
         shapes={shard.name: shard.shape for shard in run.optimizer.shards() if shard.owned},
         state={
             "step": state.step,

@@ -27,17 +27,19 @@ _FILE_BYTES = 5_000_000_000
 @dataclass(frozen=True)
 class Weights:
     """A checkpoint to read weights from. `context_length` is the sequence length it was trained at, and
-    `cross_document_attention` whether documents that share a sequence saw each other then."""
+    `cross_document_attention` whether documents that share a sequence saw each other then. `kind` is "param", or "ema"
+    for the averages of the weights."""
 
     reader: CheckpointReader
     config: ModelConfig
     context_length: int
     cross_document_attention: bool
+    kind: str = "param"
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter and router bias by name, one at a time, as stored."""
         for name in self.reader.manifest.shapes:
-            yield name, self.reader.parameter(name)
+            yield name, self.reader.parameter(name, self.kind)
         for name in self.reader.keys("buffer"):
             bias = self.reader.tensor(f"buffer/{name}")
             assert bias is not None
@@ -77,12 +79,14 @@ class Weights:
         return int(entry["eos"]) if entry else self.reader.manifest.state.get("eos")
 
 
-def open_weights(checkpoint: Path) -> Weights:
-    """Opens a checkpoint of any layout, or the newest of a run's folder, checksums verified. Raises UserError for a
-    damaged one."""
+def open_weights(checkpoint: Path, *, averaged: bool = False) -> Weights:
+    """Opens a checkpoint of any layout, or the newest of a run's folder, checksums verified: its weights, or their
+    averages. Raises UserError for a damaged one, or one without averages."""
     of_run = list_checkpoints(checkpoint)
     reader = CheckpointReader(of_run[-1] if of_run else checkpoint)
     reader.verify()
+    if averaged and not reader.keys("ema"):
+        raise UserError(f"checkpoint {reader.folder} holds no averages of the weights; its run had checkpoint.ema = 0")
     try:
         tables = tomllib.loads(reader.text("config.toml"))
         config = TypeAdapter(ModelConfig).validate_python(tables["model"])
@@ -95,6 +99,7 @@ def open_weights(checkpoint: Path) -> Weights:
         config,
         int(reader.manifest.state["context_length"]),
         data.cross_document_attention if data is not None else True,
+        "ema" if averaged else "param",
     )
 
 

@@ -17,10 +17,11 @@ from parallel.zero import load_deepspeed
 from pretrain.assemble import Assembly, assemble, open_data
 from pretrain.checkpoint import MANIFEST, step_folder
 from pretrain.config import load_config
-from pretrain.errors import SharedError
+from pretrain.errors import SharedError, UserError
 from pretrain.loop import plan_batches
-from pretrain.state import TrainState, first_state, open_saver, resume, save
+from pretrain.state import TrainState, first_state, open_averages, open_saver, resume, save
 from pretrain.step import train_step
+from pretrain.weights import open_weights
 
 
 def take_steps(run: Assembly, state: TrainState, count: int, *, poisoned: int | None = None) -> TrainState:
@@ -162,3 +163,71 @@ def test_a_full_disk_costs_one_checkpoint(tmp_path: Path, broken_rank: int, in_b
     expected = [(1, ["step-00000001"]), (1, ["step-00000001", "step-00000003"])]
     for seen in run_ranks(2, lose_the_disk, config_file, broken_rank, in_background, folder=tmp_path):
         assert seen == expected
+
+
+def average_weights(rank: int, config_file: Path, zero_stage: int) -> dict[str, Any]:
+    """Four steps, the second skipped and a resume after the third; returns what rank 0 averages as it should be."""
+    config = load_config(
+        config_file, ["checkpoint.ema=0.75", "checkpoint.async=true", f"parallel.zero_stage={zero_stage}"]
+    )
+    place = Place(rank, 2, rank, torch.device("cpu"))
+    run = assemble(config, place, open_data(config))
+    state = first_state(run)
+    averages = open_averages(run, state)
+    assert averages is not None
+
+    def masters() -> dict[str, torch.Tensor]:
+        return {
+            f"{shard.name}@{shard.start}": shard.tensors["param"].clone()
+            for shard in run.optimizer.shards()
+            if shard.owned
+        }
+
+    expected = masters()
+    for step in range(1, 5):
+        skipped = state.skipped
+        state = take_steps(run, state, 1, poisoned=2)
+        if state.skipped == skipped:
+            averages.update()
+            expected = {key: 0.75 * expected[key] + 0.25 * master for key, master in masters().items()}
+        if step == 3:
+            save(run, state, averages=averages)
+            run = assemble(config, place, open_data(config))
+            assert resume(run) == state
+            averages = open_averages(run, state)
+            assert averages is not None
+    save(run, state, averages=averages)
+    found = averages.tensors()
+    assert found.keys() == expected.keys()
+    for key, average in expected.items():
+        torch.testing.assert_close(found[key], average, rtol=1e-6, atol=1e-7)
+    return {key: average.numpy() for key, average in found.items()}
+
+
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_averages_of_the_weights_are_saved_and_go_on(tmp_path: Path, zero_stage: int) -> None:
+    load_deepspeed()
+    config_file = write_run(tmp_path)
+    ranks = run_ranks(2, average_weights, config_file, zero_stage, folder=tmp_path)
+    averaged = dict(open_weights(tmp_path / "small", averaged=True).tensors())
+    newest = dict(open_weights(tmp_path / "small").tensors())
+    assert averaged.keys() == newest.keys()
+    differing = [name for name in averaged if not torch.equal(averaged[name], newest[name])]
+    assert len(differing) > len(averaged) // 2
+    pieces = {key: values for rank in ranks for key, values in rank.items()}
+    for key, values in pieces.items():
+        name, _, start = key.rpartition("@")
+        whole = averaged[name].flatten()[int(start) : int(start) + len(values)]
+        assert torch.equal(whole, torch.from_numpy(values)), key
+    (tmp_path / "small").rename(tmp_path / "other")
+    meeting = tmp_path / "meeting"
+    meeting.mkdir()
+    run_ranks(1, save_plainly, config_file, folder=meeting)
+    with pytest.raises(UserError, match="holds no averages of the weights"):
+        open_weights(tmp_path / "small", averaged=True)
+
+
+def save_plainly(rank: int, config_file: Path) -> None:
+    config = load_config(config_file)
+    run = assemble(config, Place(rank, 1, rank, torch.device("cpu")), open_data(config))
+    save(run, take_steps(run, first_state(run), 1))

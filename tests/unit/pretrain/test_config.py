@@ -281,6 +281,10 @@ MISTAKES = {
         ["checkpoint.async_=true"],
         "checkpoint.async_ is not a known key; did you mean 'async'?",
     ),
+    "an average that forgets nothing": (
+        ["checkpoint.ema=1.0"],
+        "checkpoint.ema = 1.0 must lie in [0, 1); 0.999 averages about 1000 steps, 0 is no average",
+    ),
     "a wish to keep some of all": (
         ["checkpoint.keep=0", "checkpoint.keep_every=100"],
         "checkpoint.keep_every = 100 has no effect with keep = 0, which keeps all; remove it",
