@@ -122,6 +122,9 @@ class _Heartbeat:
         while not self._all_ended.wait(self._pace.interval / 4):
             if self._decided.is_set():
                 self._raise_verdict(None)
+        if self._keeps_store:
+            # Others still ask for the last end; torch complains at length of a store that is gone.
+            time.sleep(self._pace.interval)
 
     def fail(self, error: BaseException) -> None:
         """Raises LostRankError if the loss of a rank explains `error`; else tells the others that this rank failed."""
