@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-BYTES_AT_ONCE = 1 << 25
+BYTES_AT_ONCE = 1 << 22
 # Odd numbers with bits all over, as signed ones: 2^64 over the golden ratio, and a constant of MurmurHash3.
 _LOWER_HALF = (1 << 32) - 1
 _PLACES, _MIX = -7046029254386353131, -4417276706812531889

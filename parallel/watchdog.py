@@ -53,21 +53,28 @@ class Progress:
 def watch_progress(place: Place, folder: Path, timeout: float, *, grace: float = GRACE_S) -> Iterator[Progress]:
     """While the block runs, `timeout` seconds without progress end the process with LOST_RANK_STATUS, its stacks in
     `folder`. Time in which the process was suspended does not count."""
-    progress, ended = Progress(), threading.Event()
+    progress, fired, ended = Progress(), threading.Event(), threading.Event()
 
     def watch() -> None:
         interval = min(1.0, timeout / 10)
         silence = Silence(2 * interval)
         while not ended.wait(interval):
             if silence.look(progress.count) >= timeout:
+                fired.set()
                 why = f"no progress for {timeout:g} s (guards.timeout)"
                 write_stacks(folder, place.rank, why)
                 if not ended.wait(grace):
                     where = f"what its threads did is in {stacks_file(folder, place.rank)}"
                     end_process(f"{why}; {where}; the same command resumes from the newest checkpoint", place.rank)
 
-    threading.Thread(target=watch, name="watchdog", daemon=True).start()
+    thread = threading.Thread(target=watch, name="watchdog", daemon=True)
+    thread.start()
     try:
         yield progress
+    except BaseException:
+        # Another rank ended first, which the collective took for a lost one. The thread has more to say.
+        if fired.is_set():
+            thread.join()
+        raise
     finally:
         ended.set()

@@ -21,7 +21,7 @@ def test_equal_bits_have_equal_hashes(dtype: torch.dtype, numel: int) -> None:
     assert fingerprint(shifted) == fingerprint(shifted.view(1, -1)) == expected
 
 
-@pytest.mark.parametrize("bytes_at_once", [64, 1 << 25])
+@pytest.mark.parametrize("bytes_at_once", [64, 1 << 22])
 def test_every_flipped_bit_shows(monkeypatch: pytest.MonkeyPatch, bytes_at_once: int) -> None:
     monkeypatch.setattr(parallel.equality, "BYTES_AT_ONCE", bytes_at_once)
     values = torch.randn(37, generator=torch.Generator().manual_seed(0))
