@@ -107,3 +107,13 @@ def test_dead_node(cluster: SlurmCluster, config: Path) -> None:
     assert [line["world_size"] for line in read_metrics(run)] == [2] * 5 + [1] * (STEPS - 5)
     for found, expected in zip(values(run), values(config.parent / "unbroken"), strict=True):
         assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_mistake_in_the_data(cluster: SlurmCluster, config: Path) -> None:
+    job, run = submit(cluster, config, "--ntasks-per-node=2", settings=["data.datasets=[{ path = 'nowhere' }]"])
+    ended = cluster.wait(job, "COMPLETED", "FAILED")
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0"), logs(run)
+    said = (run / "slurm" / f"{job}.log").read_text()
+    (message,) = [line for line in said.splitlines() if line.startswith("pretrain: ")]
+    assert "nowhere" in message
+    assert "a mistake in the configuration, the data or the arguments; not requeued" in said
