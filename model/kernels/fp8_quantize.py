@@ -6,7 +6,6 @@ transposed, each expert beginning a new tile (`model.kernels.fp8_grouped`). Rows
 the way; SwiGLU and its gradient are computed on the way too, and rounded to bf16 first, as they would be in memory.
 """
 
-import os
 from typing import NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ BLOCK = 128
 _LARGEST = tl.constexpr(448.0)
 _LARGEST_BF16 = tl.constexpr(3.3895313892515355e38)
 _EXPONENT_BITS = tl.constexpr(0x7F800000)
-_COMPILED = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
+_COMPILED = tl.constexpr(not triton.knobs.runtime.interpret)
 
 
 class Codes(NamedTuple):
