@@ -305,12 +305,13 @@ def test_same_as_plain_torch(tmp_path: Path, world_size: int) -> None:
 
 def train_really(case: Case) -> dict[str, Any]:
     """The executor runs the model on its own weights; the second step is a failure and the third is not accepted.
-    Returns norms, the masters owned here, and losses with halved masters."""
+    Returns norms, the masters owned here after the first step and at the end, and losses with halved masters."""
     model, mesh, optimizer = build(case)
     layout = ParallelConfig(pp=case.pp, ep=case.ep, zero_stage=case.stage)
     executor = build_executor(model, layout, mesh, defers=optimizer.defers_weight_gradients)
     generator, other = torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)
-    norms = []
+    norms: list[float] = []
+    masters: list[dict[str, list[float]]] = []
     for weight, accepted in ((1.0, True), (torch.inf, True), (1.0, False), (1.0, True)):
         batch = torch.randint(0, 96, (MICRO_BATCHES, 18), generator=generator if accepted else other)
         mine = [MicroBatch(tokens) for tokens in batch.chunk(case.world_size)[mesh.rank].split(1)]
@@ -318,14 +319,19 @@ def train_really(case: Case) -> dict[str, Any]:
             executor.train(mine, LossWeights(weight / len(mine), 0.3 / len(mine), 1e-2 / len(mine)))
         norm, updated = optimizer.step(LEARNING_RATE, lambda norm, answer=accepted: answer)
         assert updated == (accepted and weight == 1.0)
-        norms += [norm] if updated else []
-    masters = {
-        f"{shard.name}@{shard.start}": shard.tensors["param"].tolist() for shard in optimizer.shards() if shard.owned
-    }
+        if updated:
+            norms.append(norm)
+            owned = [shard for shard in optimizer.shards() if shard.owned]
+            masters.append({f"{shard.name}@{shard.start}": shard.tensors["param"].tolist() for shard in owned})
     for shard in optimizer.shards():
         shard.tensors["param"].mul_(0.5)
     optimizer.refresh_weights(0)
-    return {"norms": norms, "masters": masters, "losses": executor.evaluate(mine).losses.tolist()}
+    return {
+        "norms": norms,
+        "first": masters[0],
+        "masters": masters[-1],
+        "losses": executor.evaluate(mine).losses.tolist(),
+    }
 
 
 def train_all_really(rank: int, cases: list[Case]) -> list[dict[str, Any]]:
@@ -362,7 +368,9 @@ def test_stages_agree_when_the_model_runs(tmp_path: Path, layout: Case, stages: 
     load_deepspeed()
     cases = [replace(layout, stage=stage, offload=offload) for stage, offload in [(0, "none"), *stages]]
     by_rank = run_ranks(layout.world_size, train_all_really, cases, folder=tmp_path)
-    reference = masters_of(cases[0], [seen[0]["masters"] for seen in by_rank])
+    reference, first_reference = (
+        masters_of(cases[0], [seen[0][key] for seen in by_rank]) for key in ("masters", "first")
+    )
     # A master that differs in its last bit may round to another bf16 weight, after which nothing is as close.
     tolerance = 1e-5 if layout.dtype == FP32 else 1e-3
     for place, case in enumerate(cases[1:], start=1):
@@ -373,6 +381,8 @@ def test_stages_agree_when_the_model_runs(tmp_path: Path, layout: Case, stages: 
             assert seen[place]["losses"] == pytest.approx(seen[0]["losses"], rel=tolerance), case
         for name, value in masters_of(case, [seen[place]["masters"] for seen in by_rank]).items():
             assert distance(value, reference[name]) < tolerance, (case, name)
+        for name, value in masters_of(case, [seen[place]["first"] for seen in by_rank]).items():
+            assert distance(value, first_reference[name]) < 1e-5, (case, name)
 
 
 def forget(*_: Any) -> None:
