@@ -55,6 +55,19 @@ every = 5
 keep = 0
 """
 
+# Sizes that the kernels of a GPU take, for models of `write_run`.
+WIDE = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "moe_intermediate_size": 128,
+    "q_lora_rank": 64,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "initializer_range": 0.02,
+}
+
 
 def small_model(**changes: Any) -> ModelConfig:
     """A model with every part of the architecture, a few thousand parameters large."""

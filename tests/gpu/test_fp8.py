@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import finish, read_metrics, start_training, write_run
+from support import WIDE, finish, read_metrics, start_training, write_run
 from torch import Tensor
 
 from model.fp8 import Fp8, Fp8Config, Kind, Quantizer
@@ -18,17 +18,6 @@ from pretrain.checkpoint import CheckpointReader, step_folder
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 SHAPES = [(256, 384), (336, 208), (16, 576), (1024, 128)]
-WIDE = {
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "moe_intermediate_size": 128,
-    "q_lora_rank": 64,
-    "kv_lora_rank": 64,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "initializer_range": 0.02,
-}
 
 
 def values(name: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:

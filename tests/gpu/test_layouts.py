@@ -4,22 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import finish, read_metrics, start_training, write_run
+from support import WIDE, finish, read_metrics, start_training, write_run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
 
-WIDE = {
-    "num_hidden_layers": 4,
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "moe_intermediate_size": 128,
-    "q_lora_rank": 64,
-    "kv_lora_rank": 64,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "initializer_range": 0.02,
-}
+DEEP = {**WIDE, "num_hidden_layers": 4}
 LAYOUTS = {
     "dp2": (),
     "ep2": ("parallel.ep=2",),
@@ -39,7 +28,7 @@ COMMON = ("train.steps=6", "train.micro_batch_size=1", "timeline.learning_rate=1
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run, with what one GPU gives in fp32 and in bf16."""
-    config = write_run(tmp_path_factory.mktemp("layouts"), **WIDE)
+    config = write_run(tmp_path_factory.mktemp("layouts"), **DEEP)
     for dtype in ("fp32", "bf16"):
         finish(start_training(config, f"run.name={dtype}", f"precision.dtype={dtype}", *COMMON))
     return config

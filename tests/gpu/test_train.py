@@ -4,23 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import finish, read_metrics, start_training, write_run
+from support import WIDE, finish, read_metrics, start_training, write_run
 
 from pretrain.checkpoint import CheckpointReader, step_folder
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-
-WIDE = {
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "moe_intermediate_size": 128,
-    "q_lora_rank": 64,
-    "kv_lora_rank": 64,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "initializer_range": 0.02,
-}
 
 
 def test_bf16_follows_fp32(tmp_path: Path) -> None:
