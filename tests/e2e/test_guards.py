@@ -122,7 +122,8 @@ def test_a_stopped_rank_is_named_and_the_stacks_of_the_other_written(tmp_path: P
     (output,) = pairs[0].wait(LOST_RANK_STATUS, ranks=(0,))
     assert f"pretrain: rank 0: rank 1 (pid {pairs[0].ranks[1].pid} on " in output
     assert ") has not answered for 5 s; the run cannot go on" in output
-    assert "all_reduce" in (pairs[0].run / "log" / "stacks-00000.txt").read_text()
+    # In which of a step's collectives it waits depends on the moment; that it is inside the loop does not.
+    assert "pretrain/loop.py" in (pairs[0].run / "log" / "stacks-00000.txt").read_text()
 
 
 def test_a_machine_that_computes_wrongly_is_named_before_the_first_step(tmp_path: Path, pairs: list[Pair]) -> None:
