@@ -46,7 +46,7 @@ sys.path += [str(ROOT), str(ROOT / "tests")]
 from file_faults import KINDS, damage  # noqa: E402
 
 from parallel.zero import load_deepspeed  # noqa: E402
-from pretrain.checkpoint import CheckpointReader, CheckpointWriter, step_folder  # noqa: E402
+from pretrain.checkpoints.checkpoint import CheckpointReader, CheckpointWriter, step_folder  # noqa: E402
 
 OUTCOMES = ("refused, named", "refused", "loaded, as saved", "loaded, wrong")
 LONGEST_S = 20

@@ -34,8 +34,8 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from pretrain import tensor_files
-from pretrain.saving import Saver, Snapshot
+from pretrain.checkpoints import tensor_files
+from pretrain.checkpoints.saving import Saver, Snapshot
 
 LAYER = (2048, 2048)
 

@@ -32,7 +32,7 @@ def train(arguments: Namespace) -> int:
 
 def plan(arguments: Namespace) -> int:
     """`plan CONFIG`."""
-    from pretrain.plan import plan_command
+    from pretrain.planning.plan import plan_command
 
     plan_command(load_config(arguments.config, arguments.set), arguments.world_size, arguments.device_memory)
     return DONE
@@ -69,7 +69,7 @@ def compare(arguments: Namespace) -> int:
 
 def report(arguments: Namespace) -> int:
     """`report RUN`."""
-    from pretrain.report import write_report
+    from pretrain.reports.report import write_report
 
     print(write_report(arguments.run))
     return DONE
@@ -77,7 +77,7 @@ def report(arguments: Namespace) -> int:
 
 def export(arguments: Namespace) -> int:
     """`export CHECKPOINT OUT`."""
-    from pretrain.hf import export_folder
+    from pretrain.hf.folder import export_folder
     from pretrain.weights import open_weights
 
     weights = open_weights(arguments.checkpoint, averaged=arguments.ema)
@@ -97,7 +97,7 @@ def export(arguments: Namespace) -> int:
 
 def import_(arguments: Namespace) -> int:
     """`import HF_FOLDER OUT`."""
-    from pretrain.hf import import_folder
+    from pretrain.hf.folder import import_folder
     from pretrain.weights import write_weights
 
     imported = import_folder(arguments.folder)

@@ -16,14 +16,14 @@ import torch
 
 from parallel.launch import Place, gather_texts
 from pretrain.assemble import assemble, failing_together, open_data
-from pretrain.checkpoint import CheckpointReader, list_checkpoints
-from pretrain.compare_report import RunPair, flatten, measure, show_value, write_comparison
+from pretrain.checkpoints.checkpoint import CheckpointReader, list_checkpoints
 from pretrain.config import Config, load_config
 from pretrain.errors import DONE, GAP_TOO_LARGE, UserError
 from pretrain.loop import catch_stop_signals, train
 from pretrain.loss_gap import MIN_STEPS, Verdict
 from pretrain.recorder import METRICS
-from pretrain.run_record import CONFIG
+from pretrain.reports.compare import RunPair, flatten, measure, show_value, write_comparison
+from pretrain.reports.run_record import CONFIG
 from pretrain.state import TrainState
 
 # What must be alike, or the samples, or what is learned from them, would not be. Tables stand for all their keys.

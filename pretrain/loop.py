@@ -15,14 +15,14 @@ from parallel.heartbeat import Pace, watch_ranks
 from parallel.launch import Place
 from parallel.watchdog import Progress, watch_progress, write_stacks
 from pretrain.assemble import DTYPES, Assembly, assemble, failing_together, open_data, verify_data
-from pretrain.averages import Averages
+from pretrain.checkpoints.averages import Averages
+from pretrain.checkpoints.saving import Saver
 from pretrain.config import Config, TrainConfig, dump_config
 from pretrain.errors import SharedError
 from pretrain.evaluate import HeldOut, open_held_out
 from pretrain.fp8 import describe_fp8, monitors_fp8
 from pretrain.guarding import check_health, check_replicas, guard_of, roll_back, take_step, tell
 from pretrain.recorder import Goal, Recorder, SilentRecorder, max_memory_gib, peak_tflops
-from pretrain.saving import Saver
 from pretrain.state import TrainState, first_state, open_averages, open_saver, resume, save
 from pretrain.step import StepResult
 from pretrain.timeline import Timeline, TimelineValues

@@ -17,8 +17,8 @@ from model.router import BIAS_NAME
 from parallel.launch import gather_texts
 from parallel.optimizer import global_place
 from pretrain.assemble import Assembly, failing_together
-from pretrain.averages import Averages
-from pretrain.checkpoint import (
+from pretrain.checkpoints.averages import Averages
+from pretrain.checkpoints.checkpoint import (
     CheckpointReader,
     DamagedError,
     list_checkpoints,
@@ -27,9 +27,9 @@ from pretrain.checkpoint import (
     set_aside,
     step_folder,
 )
+from pretrain.checkpoints.saving import Saver, Snapshot
 from pretrain.config import dump_config
 from pretrain.errors import UserError
-from pretrain.saving import Saver, Snapshot
 
 # Keys of [model] that a run may change on the way: longer contexts, and what matters to the loss or the start only.
 _MAY_CHANGE = {"rope_scaling", "aux_loss_alpha", "initializer_range"}

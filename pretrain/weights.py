@@ -16,10 +16,10 @@ from data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_entry
 from model.config import ModelConfig
 from model.router import BIAS_NAME
 from model.transformer import Transformer
-from pretrain.checkpoint import CheckpointReader, CheckpointWriter, FileEntry, list_checkpoints
+from pretrain.checkpoints.checkpoint import CheckpointReader, CheckpointWriter, FileEntry, list_checkpoints
 from pretrain.config import dump_toml
 from pretrain.errors import UserError
-from pretrain.hf_tokenizer import TOKENIZER_FILES
+from pretrain.hf.tokenizer import TOKENIZER_FILES
 
 _FILE_BYTES = 5_000_000_000
 

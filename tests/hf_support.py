@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from model.config import ModelConfig, RopeScaling
 from model.init import initialize
 from model.transformer import Transformer
-from pretrain.hf import export_folder, import_folder
+from pretrain.hf.folder import export_folder, import_folder
 
 torch.set_num_threads(1)
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from support import PROJECT, finish, start_training
 
-from pretrain.checkpoint import CheckpointReader, list_checkpoints
+from pretrain.checkpoints.checkpoint import CheckpointReader, list_checkpoints
 
 SENTENCES = ("def add(a, b):\n    return a + b\n", "for item in items:\n    print(item)\n", "class Thing:\n    pass\n")
 OVERRIDES = (

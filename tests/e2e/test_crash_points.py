@@ -24,9 +24,10 @@ from torch import distributed as dist
 from data.loader import BatchLoader
 from parallel.launch import Place, gather_texts
 from parallel.zero import load_deepspeed
-from pretrain import saving, state
+from pretrain import state
 from pretrain.assemble import Assembly, assemble, open_data
-from pretrain.checkpoint import step_folder
+from pretrain.checkpoints import saving
+from pretrain.checkpoints.checkpoint import step_folder
 from pretrain.config import load_config
 from pretrain.loop import plan_batches
 from pretrain.state import TrainState, first_state, resume, save, tensors_to_save

@@ -19,7 +19,7 @@ from support import read_metrics, write_run
 
 from parallel.launch import Place, join_processes
 from parallel.zero import load_deepspeed
-from pretrain.checkpoint import CheckpointReader, step_folder
+from pretrain.checkpoints.checkpoint import CheckpointReader, step_folder
 from pretrain.config import load_config
 from pretrain.loop import train
 

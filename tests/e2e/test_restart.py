@@ -6,7 +6,7 @@ from pathlib import Path
 import psutil
 from support import finish, read_metrics, start_training, write_run
 
-from pretrain.checkpoint import step_folder
+from pretrain.checkpoints.checkpoint import step_folder
 
 
 def test_torchrun_restarts_a_lost_worker(tmp_path: Path) -> None:

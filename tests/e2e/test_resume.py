@@ -10,7 +10,7 @@ import pytest
 import torch
 from support import finish, read_metrics, start_training, write_run
 
-from pretrain.checkpoint import CheckpointReader, step_folder
+from pretrain.checkpoints.checkpoint import CheckpointReader, step_folder
 
 TIMINGS = {"step_time_s", "tokens_per_s", "tflops_per_gpu", "max_memory_gib"}
 

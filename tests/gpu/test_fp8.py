@@ -13,7 +13,7 @@ from model.fp8_products import REFERENCE
 from model.linear import Linear
 from model.quantize import encode, quantize_blocks, quantize_tiles, scale_of
 from model.recompute import Execution
-from pretrain.checkpoint import CheckpointReader, step_folder
+from pretrain.checkpoints.checkpoint import CheckpointReader, step_folder
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support import WIDE, finish, read_metrics, start_training, write_run
 
-from pretrain.checkpoint import CheckpointReader, step_folder
+from pretrain.checkpoints.checkpoint import CheckpointReader, step_folder
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

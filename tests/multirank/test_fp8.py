@@ -23,7 +23,7 @@ from model import linear, quantize
 from parallel.launch import Place
 from parallel.zero import load_deepspeed
 from pretrain.assemble import assemble, open_data
-from pretrain.checkpoint import CheckpointReader, step_folder
+from pretrain.checkpoints.checkpoint import CheckpointReader, step_folder
 from pretrain.config import load_config
 from pretrain.loop import plan_batches
 from pretrain.state import first_state, resume, save

@@ -15,7 +15,7 @@ from data.loader import BatchLoader
 from parallel.launch import Place
 from parallel.zero import load_deepspeed
 from pretrain.assemble import Assembly, assemble, open_data
-from pretrain.checkpoint import MANIFEST, step_folder
+from pretrain.checkpoints.checkpoint import MANIFEST, step_folder
 from pretrain.config import load_config
 from pretrain.errors import SharedError, UserError
 from pretrain.loop import plan_batches

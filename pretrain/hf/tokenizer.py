@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from pretrain.hf_config import HFError
+from pretrain.hf.config import HFError
 
 SENTENCEPIECE = "tokenizer.model"
 TOKENIZERS = "tokenizer.json"

@@ -13,11 +13,11 @@ from parallel.schedule import make_schedule, num_stages
 from parallel.simulate import UNIT, simulate
 from parallel.simulate import Timeline as PipelineTimeline
 from parallel.stages import split_layers
-from pretrain.activations import Activations
 from pretrain.config import Config, TrainConfig, check_layout
 from pretrain.errors import UserError
 from pretrain.fp8 import fp8_config
-from pretrain.memory import DEVICE_OVERHEAD, GIB, Memory, rank_memories
+from pretrain.planning.activations import Activations
+from pretrain.planning.memory import DEVICE_OVERHEAD, GIB, Memory, rank_memories
 from pretrain.timeline import Timeline, TimelineValues
 
 
@@ -271,7 +271,7 @@ def plan_command(config: Config, world_size: int, device_memory_gib: float | Non
     """Prints a plan. Raises UserError if the batch does not divide, or a rank needs more than `device_memory_gib`."""
     from rich.console import Console
 
-    from pretrain.plan_tables import render
+    from pretrain.planning.tables import render
 
     planned = plan(config, world_size)
     render(planned, Console(highlight=False))

@@ -33,8 +33,7 @@ from torch import Tensor
 
 from data.errors import DataError
 from data.shards import is_plain_name, read_sealed_json, sealed_json
-from pretrain.errors import UserError
-from pretrain.tensor_files import (
+from pretrain.checkpoints.tensor_files import (
     FileDamage,
     StoredTensor,
     check_tensor,
@@ -45,6 +44,7 @@ from pretrain.tensor_files import (
     write_small_file,
     write_tensor_file,
 )
+from pretrain.errors import UserError
 
 FORMAT = "eva-checkpoint"
 VERSION = 2

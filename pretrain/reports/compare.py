@@ -25,9 +25,9 @@ from pretrain.loss_gap import (
     noise_floor,
     relative_gaps,
 )
-from pretrain.plots import MAX_POINTS, Line, Panel, draw_panels
-from pretrain.report_page import Card, Facts, image_file, page
-from pretrain.run_record import Column, RunRecord, read_record
+from pretrain.reports.page import Card, Facts, image_file, page
+from pretrain.reports.plots import MAX_POINTS, Line, Panel, draw_panels
+from pretrain.reports.run_record import Column, RunRecord, read_record
 
 PAGE, PICTURE, NUMBERS = "compare.html", "compare.svg", "compare.json"
 _KIND = "Comparison of two runs"

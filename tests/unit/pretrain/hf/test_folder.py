@@ -21,8 +21,8 @@ from hf_support import (
 )
 
 from model.generate import generate
-from pretrain import hf
-from pretrain.hf import export_folder, import_folder
+from pretrain.hf import folder
+from pretrain.hf.folder import export_folder, import_folder
 
 torch.set_num_threads(1)
 
@@ -197,14 +197,14 @@ def test_tensors_pass_through_one_at_a_time(tmp_path: Path) -> None:
 def test_every_file_is_on_disk_before_the_folder_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[Path] = []
     existed: list[bool] = []
-    plain_sync = hf._sync
+    plain_sync = folder._sync
 
     def recording_sync(path: Path) -> None:
         synced.append(path)
         existed.append((tmp_path / "out").exists())
         plain_sync(path)
 
-    monkeypatch.setattr(hf, "_sync", recording_sync)
+    monkeypatch.setattr(folder, "_sync", recording_sync)
     export(random_model(random_config(0)), tmp_path / "out", shard_bytes=20_000)
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names < {path.name for path, too_late in zip(synced, existed, strict=True) if not too_late}

@@ -15,7 +15,7 @@ from hf_support import (
 )
 from safetensors.torch import load_file, save_file
 
-from pretrain.hf import HFError, export_folder, import_folder
+from pretrain.hf.folder import HFError, export_folder, import_folder
 
 torch.set_num_threads(1)
 

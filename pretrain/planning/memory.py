@@ -5,8 +5,9 @@ in bf16 2N, and 4N for the fp32 sums of gradients. Masters and moments are anoth
 divides over R replicas from stage 1 on masters and moments, from 2 on gradients, and from 3 on weights; R is smaller
 for experts, of which each lives on fewer ranks.
 
-Activations are those of `pretrain.activations`, of as many micro-batches as the schedule has alive at once. They are
-gone when the step ends and its own buffers appear, so a rank's peak is what it always holds and the larger of the two.
+Activations are those of `pretrain.planning.activations`, of as many micro-batches as the schedule has alive at once.
+They are gone when the step ends and its own buffers appear, so a rank's peak is what it always holds and the larger of
+the two.
 """
 
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ from parallel.schedule import Schedule, make_schedule
 from parallel.simulate import UNIT, simulate
 from parallel.stages import part_of_rank, split_layers
 from parallel.zero import BUCKET_ELEMENTS
-from pretrain.activations import Activations, Sizes, peak_of_live
+from pretrain.planning.activations import Activations, Sizes, peak_of_live
 
 GIB = 1 << 30
 DEVICE_OVERHEAD = 2 * GIB

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model.config import ModelConfig
-from pretrain.hf_config import FP8_BLOCK, HFError, Precision
+from pretrain.hf.config import FP8_BLOCK, HFError, Precision
 
 SCALE_SUFFIX = "_scale_inv"
 BIAS_SUFFIX = "e_score_correction_bias"

@@ -16,8 +16,8 @@ from hf_support import (
 )
 from safetensors.torch import load_file, save_file
 
-from pretrain.hf import HFError, import_folder
-from pretrain.hf_layout import dequantize, is_quantized, quantize
+from pretrain.hf.folder import HFError, import_folder
+from pretrain.hf.layout import dequantize, is_quantized, quantize
 
 torch.set_num_threads(1)
 

@@ -10,10 +10,10 @@ import numpy as np
 from data.shards import write_atomically
 from pretrain.config import parse_config
 from pretrain.errors import UserError
-from pretrain.plan import pipeline_timeline
-from pretrain.plots import Line, Panel, draw_heat_map, draw_panels, draw_pipeline, heat_map_scale
-from pretrain.report_page import Card, Facts, heat_maps, page
-from pretrain.run_record import Column, RunRecord, read_record
+from pretrain.planning.plan import pipeline_timeline
+from pretrain.reports.page import Card, Facts, heat_maps, page
+from pretrain.reports.plots import Line, Panel, draw_heat_map, draw_panels, draw_pipeline, heat_map_scale
+from pretrain.reports.run_record import Column, RunRecord, read_record
 from pretrain.units import short
 
 REPORT = "report.html"

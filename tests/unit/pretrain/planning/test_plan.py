@@ -10,9 +10,9 @@ from support import PROJECT
 from pretrain.__main__ import main
 from pretrain.config import Config, TrainConfig, load_config
 from pretrain.errors import UserError
-from pretrain.memory import DEVICE_OVERHEAD, GIB
-from pretrain.plan import check_memory, plan, stretches
-from pretrain.plan_tables import render
+from pretrain.planning.memory import DEVICE_OVERHEAD, GIB
+from pretrain.planning.plan import check_memory, plan, stretches
+from pretrain.planning.tables import render
 from pretrain.timeline import Piece, Timeline, TimelineConfig
 from pretrain.units import short
 

@@ -11,8 +11,8 @@ from hf_support import (
 
 from model.config import RopeScaling
 from model.counts import count_parameters
-from pretrain.hf import HFError
-from pretrain.hf_config import hf_config, model_config_from_hf
+from pretrain.hf.config import hf_config, model_config_from_hf
+from pretrain.hf.folder import HFError
 
 torch.set_num_threads(1)
 

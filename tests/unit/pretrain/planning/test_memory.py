@@ -25,11 +25,11 @@ from parallel.simulate import UNIT, simulate
 from parallel.stages import split_layers
 from parallel.tape import Tape, run_to_end
 from parallel.zero import ZeroConfig, load_deepspeed, make_optimizer
-from pretrain import memory
-from pretrain.activations import Activations, Sizes, peak_of_live
 from pretrain.config import load_config
-from pretrain.memory import Memory, rank_memories, rounded_weights, total
-from pretrain.plan import plan
+from pretrain.planning import memory
+from pretrain.planning.activations import Activations, Sizes, peak_of_live
+from pretrain.planning.memory import Memory, rank_memories, rounded_weights, total
+from pretrain.planning.plan import plan
 
 BF16, FP32 = torch.bfloat16, torch.float32
 

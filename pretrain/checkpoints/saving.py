@@ -23,10 +23,10 @@ from torch import Tensor
 from data.errors import DataError
 from data.shards import read_sealed_json, sealed_json
 from parallel.launch import gather_texts
-from pretrain.checkpoint import CheckpointWriter, FileEntry, remove_old_checkpoints, step_folder
+from pretrain.checkpoints.checkpoint import CheckpointWriter, FileEntry, remove_old_checkpoints, step_folder
+from pretrain.checkpoints.host_copies import HostCopies
+from pretrain.checkpoints.tensor_files import write_small_file
 from pretrain.errors import SharedError
-from pretrain.host_copies import HostCopies
-from pretrain.tensor_files import write_small_file
 
 _LOOK_EVERY_S = 0.05
 _MOST_LOOKS = 1200

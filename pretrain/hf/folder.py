@@ -23,9 +23,9 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.transformer import Transformer
-from pretrain.hf_config import HFError, Precision, fp8_block, hf_config, model_config_from_hf, read_int
-from pretrain.hf_layout import BIAS_SUFFIX, SCALE_SUFFIX, dequantize, encode, hf_copies, hf_names, to_hf
-from pretrain.hf_tokenizer import TOKENIZER_FILES, write_tokenizer
+from pretrain.hf.config import HFError, Precision, fp8_block, hf_config, model_config_from_hf, read_int
+from pretrain.hf.layout import BIAS_SUFFIX, SCALE_SUFFIX, dequantize, encode, hf_copies, hf_names, to_hf
+from pretrain.hf.tokenizer import TOKENIZER_FILES, write_tokenizer
 
 SHARD_BYTES = 5_000_000_000
 INDEX = "model.safetensors.index.json"

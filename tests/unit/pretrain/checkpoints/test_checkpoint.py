@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from support import small_model
 
-from pretrain import checkpoint
-from pretrain.checkpoint import (
+from pretrain.checkpoints import checkpoint
+from pretrain.checkpoints.checkpoint import (
     MANIFEST,
     CheckpointReader,
     CheckpointWriter,
@@ -26,8 +26,8 @@ from pretrain.checkpoint import (
     set_aside,
     step_folder,
 )
+from pretrain.checkpoints.tensor_files import check_tensor, read_elements, read_header, write_tensor_file
 from pretrain.errors import UserError
-from pretrain.tensor_files import check_tensor, read_elements, read_header, write_tensor_file
 from pretrain.weights import write_weights
 
 VALUES = torch.arange(100, dtype=torch.float32)

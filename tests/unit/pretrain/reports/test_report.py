@@ -16,9 +16,9 @@ from support import PROJECT
 from pretrain.__main__ import main
 from pretrain.config import dump_config, load_config
 from pretrain.errors import UserError
-from pretrain.plots import MAX_POINTS, draw_heat_map, thin_out
-from pretrain.report import _duration, write_report
-from pretrain.run_record import read_record
+from pretrain.reports.plots import MAX_POINTS, draw_heat_map, thin_out
+from pretrain.reports.report import _duration, write_report
+from pretrain.reports.run_record import read_record
 
 CONFIG = '[run]\nname = "{name}"\n[optimizer]\nclip = 1.0\n'
 VOID = {"meta", "img", "br"}

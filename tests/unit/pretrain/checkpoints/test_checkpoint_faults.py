@@ -17,15 +17,15 @@ import torch
 from file_faults import KINDS, damage, hostile_json
 
 from data.shards import sealed_json
-from pretrain.checkpoint import (
+from pretrain.checkpoints.checkpoint import (
     MANIFEST,
     CheckpointReader,
     CheckpointWriter,
     DamagedError,
     step_folder,
 )
+from pretrain.checkpoints.tensor_files import FileDamage, check_tensor, checksum, read_elements, read_header
 from pretrain.errors import UserError
-from pretrain.tensor_files import FileDamage, check_tensor, checksum, read_elements, read_header
 
 FAULTS = int(os.environ.get("EVA_FAULTS", "500"))
 INPUTS = int(os.environ.get("EVA_FUZZ_INPUTS", "100000"))

@@ -10,8 +10,8 @@ from rich.text import Text
 
 from parallel.simulate import Timeline
 from parallel.timeline_drawing import ascii_timeline
-from pretrain.memory import DEVICE_OVERHEAD, GIB, Part, total
-from pretrain.plan import Layout, Plan
+from pretrain.planning.memory import DEVICE_OVERHEAD, GIB, Part, total
+from pretrain.planning.plan import Layout, Plan
 from pretrain.units import short
 
 _MAX_WIDTH = 160

@@ -11,7 +11,7 @@ from hf_support import (
     random_model,
 )
 
-from pretrain.hf import HFError, import_folder
+from pretrain.hf.folder import HFError, import_folder
 
 torch.set_num_threads(1)
 

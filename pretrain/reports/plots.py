@@ -21,7 +21,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from parallel.simulate import Timeline
 from parallel.timeline_drawing import svg_timeline
-from pretrain.run_record import Column
+from pretrain.reports.run_record import Column
 from pretrain.units import short
 
 MAX_POINTS = 500

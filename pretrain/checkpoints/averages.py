@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from pretrain.host_copies import HostCopies
+from pretrain.checkpoints.host_copies import HostCopies
 
 
 class Averages:

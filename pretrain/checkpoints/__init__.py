@@ -1,0 +1,1 @@
+"""Files of tensors, complete checkpoints, and the saving of them beside the run."""

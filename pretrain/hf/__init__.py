@@ -1,0 +1,1 @@
+"""The Hugging Face folder of a model, both ways."""

@@ -1,0 +1,1 @@
+"""What a run shows: its page, its drawings, the comparison of two."""
