@@ -13,6 +13,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +33,6 @@ _METADATA = "__metadata__"
 _MAX_HEADER_BYTES = 100_000_000
 _MAX_DIMS = 8
 _PIECE_BYTES = 1 << 22
-# Few enough to be in a processor's cache still when their checksum is made.
-_CACHED_BYTES = 1 << 18
 
 
 class FileDamage(ValueError):
@@ -70,11 +69,15 @@ def write_tensor_file(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, s
     header_size = len(_header(keys, tensors, dict.fromkeys(keys, "0" * 32)))
     size = header_size + sum(tensor.nbytes for tensor in tensors.values())
     checksums = {}
-    with new_file(path) as descriptor:
+    # Neither writing nor summing holds Python's lock, so the two go on side by side.
+    with new_file(path) as descriptor, ThreadPoolExecutor(1) as beside:
         # What is not written yet reads as zeros.
         os.lseek(descriptor, header_size, os.SEEK_SET)
         for key in keys:
-            checksums[key] = _write_with_checksum(descriptor, _bytes_of(tensors[key]))
+            content = _bytes_of(tensors[key])
+            found = beside.submit(checksum, content)
+            _write(descriptor, content)
+            checksums[key] = found.result()
         header = _header(keys, tensors, checksums)
         os.lseek(descriptor, 0, os.SEEK_SET)
         _write(descriptor, memoryview(header))
@@ -200,15 +203,6 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
     content: Any = flat.view(torch.uint8).numpy()
     return memoryview(content)
-
-
-def _write_with_checksum(descriptor: int, content: memoryview) -> str:
-    found = xxhash.xxh3_128()
-    for begin in range(0, content.nbytes, _CACHED_BYTES):
-        piece = content[begin : begin + _CACHED_BYTES]
-        _write(descriptor, piece)
-        found.update(piece)
-    return str(found.hexdigest())
 
 
 def _write(descriptor: int, content: memoryview) -> None:

@@ -192,7 +192,9 @@ def measure_forward(rank: int, ranks: int, config: ModelConfig, layout: Parallel
     part = build_model(config, layout, mesh, seed=0, device=torch.device("cpu")).to(dtype)
     chunk = build_executor(part, layout, mesh, defers=True).chunks[0]
     weights = {tensor.untyped_storage()._cdata for tensor in [*part.parameters(), *part.buffers()]}
-    batch = MicroBatch(torch.randint(0, 96, (2, 128 + 1 + config.num_nextn_predict_layers)))
+    # The same tokens whatever ran before: how far their choices are from the mean load depends on them.
+    chance = torch.Generator().manual_seed(rank)
+    batch = MicroBatch(torch.randint(0, 96, (2, 128 + 1 + config.num_nextn_predict_layers), generator=chance))
     tape, outcome = Tape(), Outcome(torch.zeros(3, dtype=torch.float64))
     with Storages() as storages:
         run_to_end(chunk.forward(tape, None, batch, LossWeights(1.0, 0.3, 1e-4), outcome))
