@@ -6,6 +6,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 READY := .venv/.ready
+WORKERS ?= 2
 DEMO := runs/demo
 DEMO_DATA := $(DEMO)/data
 
@@ -36,7 +37,7 @@ demo: $(READY)
 	@echo "report                $(DEMO)/tiny/report.html"
 
 test: $(READY)
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(TESTS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
