@@ -17,17 +17,23 @@ dualpipev  the same folded in the middle: one direction, half as many ranks, wit
 PP is the number of stages. With equal stages and free sends, the rank that waits longest waits exactly that long: 1f1b
 always, zb1p if W <= F and W <= I, dualpipe and dualpipev if F <= I and W <= I; otherwise longer. `parallel.simulate`
 measures it for any costs.
+
+To fill the pipeline, zb1p needs as many micro-batches as ranks, those with two stages a rank twice as many. A schedule
+of fewer is that of this least number without the last micro-batches of each direction: nothing waits for what is left
+out, an overlapped pair may lose a half, memory only falls, and the bubble is longer than stated.
 """
 
 import enum
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, get_args
 
 ScheduleName = Literal["1f1b", "zb1p", "zbv", "dualpipe", "dualpipev"]
 FOLDED = ("zbv", "dualpipev")
+# Micro-batches a rank that fill the pipeline, where it is not 2.
+_FILLED = {"1f1b": 0, "zb1p": 1}
 
 
 class Kind(enum.Enum):
@@ -106,6 +112,9 @@ def num_stages(name: ScheduleName, num_ranks: int) -> int:
 def make_schedule(name: ScheduleName, *, num_ranks: int, num_micro_batches: int) -> Schedule:
     """The schedule of that name. Raises ValueError where it does not exist for these numbers."""
     _check(name, num_ranks, num_micro_batches)
+    least = _FILLED.get(name, 2) * num_ranks
+    if num_micro_batches < least:
+        return _shortened(make_schedule(name, num_ranks=num_ranks, num_micro_batches=least), num_micro_batches)
     if name == "zbv":
         steps = _zbv(num_ranks, num_micro_batches)
     else:
@@ -127,17 +136,35 @@ def _check(name: str, num_ranks: int, num_micro_batches: int) -> None:
     if name == "dualpipe" and num_micro_batches % 2:
         raise ValueError(
             f'schedule "dualpipe" has {num_micro_batches} micro-batches; it needs an even number, since one half '
-            f'goes each way: use {max(num_micro_batches + 1, 2 * num_ranks)}, or "dualpipev"'
+            f'goes each way: use {num_micro_batches + 1}, or "dualpipev"'
         )
-    per_rank = {"1f1b": 0, "zb1p": 1}.get(name, 2)
-    least = max(1, per_rank * num_ranks)
+    least = 2 if name == "dualpipe" else 1
     if num_micro_batches < least:
-        rule = f" ({per_rank} x ranks)" if per_rank else ""
-        other = "" if name == "1f1b" or num_micro_batches < 1 else ', or "1f1b", which takes any number'
         raise ValueError(
-            f'schedule "{name}" has {num_micro_batches} micro-batches on {num_ranks} ranks; it needs at least '
-            f"{least}{rule}: use more micro-batches{other}"
+            f'schedule "{name}" has {num_micro_batches} micro-batches on {num_ranks} ranks; it needs at least {least}: '
+            "use more micro-batches"
         )
+
+
+def _shortened(schedule: Schedule, num_micro_batches: int) -> Schedule:
+    """Without the last micro-batches, in "dualpipe" without the last of either direction."""
+    directions = 2 if schedule.name == "dualpipe" else 1
+    before, after = schedule.num_micro_batches // directions, num_micro_batches // directions
+
+    def kept(row: tuple[Step, ...]) -> Iterator[Step]:
+        for step in row:
+            places = [(action, *divmod(action.micro_batch, before)) for action in actions_of(step)]
+            actions = [
+                replace(action, micro_batch=direction * after + number)
+                for action, direction, number in places
+                if number < after
+            ]
+            if actions:
+                yield Overlapped(*actions) if len(actions) == 2 else actions[0]
+
+    return replace(
+        schedule, num_micro_batches=num_micro_batches, steps=tuple(tuple(kept(row)) for row in schedule.steps)
+    )
 
 
 def _1f1b(rank: int, num_ranks: int, num_micro_batches: int) -> Iterator[Step]:
