@@ -35,12 +35,15 @@ Table = dict[str, Any]
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """`[run]`: the run's folder is `dir`/`name`. `seed` chooses the order of samples and the initial weights;
-    `init_seed`, if given, the weights alone. `deterministic` makes GPU kernels repeat their bits, at a price."""
+    `init_seed`, if given, the weights alone. A run that has no checkpoint yet begins with the weights of `init_from`, a
+    checkpoint or the folder of another run, and with its moments if it has them. `deterministic` makes GPU kernels
+    repeat their bits, at a price."""
 
     name: str
     dir: str = "runs"
     seed: int = 0
     init_seed: int | None = None
+    init_from: str | None = None
     deterministic: bool = False
 
     def __post_init__(self) -> None:
@@ -49,6 +52,11 @@ class RunConfig:
         for name in ("seed", "init_seed"):
             if not 0 <= (getattr(self, name) or 0) < 1 << 63:
                 raise ValueError(f"{name} = {getattr(self, name)} must lie between 0 and 2^63 - 1")
+        if self.init_from is not None and Path(self.init_from) in (Path(), self.folder):
+            raise ValueError(
+                f"init_from = {self.init_from!r} must be a checkpoint or the folder of another run; this one goes on "
+                "from its own checkpoints by itself"
+            )
 
     @property
     def folder(self) -> Path:

@@ -70,8 +70,49 @@ class TrainState:
 
 
 def first_state(run: Assembly) -> TrainState:
-    """Before the first step."""
+    """Before the first step, with the weights of `run.init_from` if it is given. Raises SharedError where they do not
+    fit."""
+    if run.config.run.init_from is not None:
+        _begin_from(run, Path(run.config.run.init_from))
     return TrainState(0, 0, run.stream.start(run.timeline.at(0).seq_len))
+
+
+def _begin_from(run: Assembly, given: Path) -> None:
+    """Loads weights, expert biases and, where there are any, moments with their count of updates. Steps, tokens, data
+    and random numbers begin anew, and a history of FP8 scales does."""
+    readers = []
+    with failing_together():
+        checkpoints = list_checkpoints(given)
+        folder = checkpoints[-1] if checkpoints else given
+        if not folder.is_dir():
+            raise UserError(f"run.init_from = {str(given)!r}: there is no such checkpoint, nor a run with one")
+        readers.append(_verified(run, folder))
+    reader = readers[0]
+    has_moments = "train" in reader.manifest.state
+    with failing_together():
+        _check_same_model(run, reader, remedy="change one of them, or run.init_from")
+        _check_same_tokens(run, reader)
+        train = TrainState.from_json(reader.manifest.state["train"]) if has_moments else None
+        for shard in run.optimizer.shards():
+            for kind, tensor in shard.tensors.items():
+                if kind == "param" or has_moments:
+                    tensor.copy_(reader.range(f"{kind}/{shard.name}", shard.start, tensor.numel()))
+        for name, buffer in _expert_biases(run).items():
+            buffer.copy_(reader.range(f"buffer/{name}", 0, buffer.numel()))
+    run.optimizer.refresh_weights(train.step - train.skipped if train is not None else 0)
+    if run.place.is_first:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        _tell(run, f"weights of {folder}, {'with their' if has_moments else 'without'} moments")
+
+
+def _check_same_tokens(run: Assembly, reader: CheckpointReader) -> None:
+    """Ids must mean what they meant, as far as the checkpoint says."""
+    there, here = reader.manifest.state.get("tokenizer"), run.stream.datasets[0].tokenizer.sha256
+    if there is not None and there["sha256"] != here:
+        raise UserError(
+            f"the tokenizer of [data] has sha256 {here[:12]}…, that of run.init_from, {reader.folder}, "
+            f"{there['sha256'][:12]}…; prepare the data with the tokenizer that lies there"
+        )
 
 
 def open_saver(run: Assembly) -> Saver:
@@ -281,14 +322,7 @@ def _set_random_state(name: str, state: Tensor) -> None:
 
 def _check_same_run(run: Assembly, reader: CheckpointReader) -> None:
     """A run goes on only with the model and the order of data that it began with."""
-    there = tomllib.loads(reader.text("config.toml"))["model"]
-    here = tomllib.loads(dump_config(run.config))["model"]
-    for key in sorted((there.keys() | here.keys()) - _MAY_CHANGE):
-        if there.get(key) != here.get(key):
-            raise UserError(
-                f"model.{key} = {here.get(key)} does not fit checkpoint {reader.folder}, whose run has "
-                f"{there.get(key)}; put it back, or choose another run.name"
-            )
+    _check_same_model(run, reader, remedy="put it back, or choose another run.name")
     if "train" not in reader.manifest.state:
         raise UserError(
             f"checkpoint {reader.folder} holds weights only and cannot be trained on; choose another run.name"
@@ -298,3 +332,17 @@ def _check_same_run(run: Assembly, reader: CheckpointReader) -> None:
             f"[data] or run.seed changed since checkpoint {reader.folder}, so the order of samples would too; "
             "put them back, or choose another run.name"
         )
+
+
+def _check_same_model(run: Assembly, reader: CheckpointReader, *, remedy: str) -> None:
+    try:
+        there = tomllib.loads(reader.text("config.toml"))["model"]
+    except (tomllib.TOMLDecodeError, KeyError) as error:
+        raise DamagedError(f"checkpoint {reader.folder} is damaged: config.toml: {error}; use another") from None
+    here = tomllib.loads(dump_config(run.config))["model"]
+    for key in sorted((there.keys() | here.keys()) - _MAY_CHANGE):
+        if there.get(key) != here.get(key):
+            raise UserError(
+                f"model.{key} = {here.get(key)} does not fit checkpoint {reader.folder}, whose run has "
+                f"{there.get(key)}; {remedy}"
+            )
