@@ -23,6 +23,7 @@ from pretrain.evaluate import HeldOut, open_held_out
 from pretrain.fp8 import describe_fp8, monitors_fp8
 from pretrain.guarding import check_health, check_replicas, guard_of, roll_back, take_step, tell
 from pretrain.recorder import Goal, Recorder, SilentRecorder, max_memory_gib, peak_tflops
+from pretrain.run_lock import holding_together
 from pretrain.state import TrainState, first_state, open_averages, open_saver, resume, save
 from pretrain.step import StepResult
 from pretrain.timeline import Timeline, TimelineValues
@@ -45,7 +46,7 @@ def train(config: Config, place: Place) -> bool:
     guards, log = config.guards, config.run.folder / "log"
     pace, before_end = Pace(limit=guards.lost_after), partial(write_stacks, log, place.rank)
     # A launcher that sees the loss of a rank sends SIGTERM; what is waited for then is the name of that rank.
-    with catch_stop_signals() as stop, watch_ranks(place, pace, before_end):
+    with catch_stop_signals() as stop, watch_ranks(place, pace, before_end), holding_together(config.run.folder, place):
         with failing_together():
             stream = open_data(config)
             held_out = open_held_out(config) if config.train.validate_every else None
