@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend
 
 from model.config import ModelConfig
 from model.linear import Linear
@@ -180,6 +181,22 @@ class MultiHeadLatentAttention(nn.Module):
             mask = causal_mask(q.shape[1], latents.shape[1], device=latents.device)
         weights = scores.masked_fill(~mask, float("-inf")).softmax(-1).to(latents.dtype)
         return torch.einsum("bshc,hvc->bshv", torch.einsum("bhsk,bkc->bshc", weights, latents), w_uv)
+
+
+def attention_kernel(
+    config: ModelConfig, seq_len: int, *, device: torch.device, dtype: torch.dtype, masked: bool = False
+) -> str:
+    """What torch attends with in training: "cudnn", "flash", "efficient", or "math", which keeps all scores in memory.
+    `masked` where documents do not see one another."""
+    heads = config.num_attention_heads
+    q, k, v = (
+        torch.empty(1, heads, seq_len, size, device=device, dtype=dtype, requires_grad=True)
+        for size in (config.qk_head_dim, config.qk_head_dim, config.v_head_dim)
+    )
+    mask = torch.ones(1, 1, seq_len, seq_len, dtype=torch.bool, device=device) if masked else None
+    scale = softmax_scale(config.qk_head_dim, config.rope_scaling)
+    choice = torch._fused_sdp_choice(q, k, v, attn_mask=mask, is_causal=not masked, scale=scale)
+    return SDPBackend(choice).name.removesuffix("_ATTENTION").lower()
 
 
 class _KeysAndValues(torch.autograd.Function):

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import WIDE, finish, read_metrics, start_training, write_run
+from support import PROJECT, WIDE, finish, read_metrics, start_training, write_run
 
+from model.attention import attention_kernel
 from pretrain.checkpoints.checkpoint import CheckpointReader, step_folder
+from pretrain.config import load_config
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -32,3 +34,14 @@ def test_resume_is_exact_in_deterministic_mode(tmp_path: Path) -> None:
         assert straight.keys(kind)
         for name in straight.keys(kind):
             assert torch.equal(straight.tensor(f"{kind}/{name}"), broken.tensor(f"{kind}/{name}")), name
+
+
+@pytest.mark.parametrize("name", ["small", "dsv3_2b", "dsv3_16b", "dsv3_671b"])
+def test_cudnn_attends(name: str) -> None:
+    model, device = load_config(PROJECT / f"configs/{name}.toml").model, torch.device("cuda")
+    assert attention_kernel(model, 4096, device=device, dtype=torch.bfloat16) == "cudnn"
+    heads = (torch.randn(1, 8, 4096, size, device=device, dtype=torch.bfloat16) for size in (192, 192, 128))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True)
+        torch.cuda.synchronize()
+    assert any("cudnn" in event.key for event in profile.key_averages()), [e.key for e in profile.key_averages()]

@@ -9,7 +9,7 @@ from support import small_model
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.attention import AttentionContext, MultiHeadLatentAttention, causal_mask, document_mask
+from model.attention import AttentionContext, MultiHeadLatentAttention, attention_kernel, causal_mask, document_mask
 from model.config import ModelConfig, RopeScaling
 from model.init import initialize
 from model.recompute import Execution
@@ -175,3 +175,10 @@ def test_one_layer_against_the_equations(absorbed: bool) -> None:
     torch.testing.assert_close(
         layer(x[None], context, absorbed=absorbed)[0], reference_attention(layer, config, x), atol=1e-4, rtol=1e-4
     )
+
+
+@pytest.mark.parametrize(("v_head_dim", "kernel"), [(12, "flash"), (16, "math")])
+def test_the_kernel_that_attends_is_known(v_head_dim: int, kernel: str) -> None:
+    """On a CPU torch has a fused kernel for equal head sizes only."""
+    config = small_model(qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=v_head_dim)
+    assert attention_kernel(config, LENGTH, device=torch.device("cpu"), dtype=torch.float32) == kernel
