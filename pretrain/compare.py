@@ -22,7 +22,8 @@ from pretrain.errors import DONE, GAP_TOO_LARGE, UserError
 from pretrain.loop import catch_stop_signals, train
 from pretrain.loss_gap import MIN_STEPS, Verdict
 from pretrain.recorder import METRICS
-from pretrain.reports.compare import RunPair, flatten, measure, show_value, write_comparison
+from pretrain.reports.compare import RunPair, measure, write_comparison
+from pretrain.reports.config_values import flatten, show_value
 from pretrain.reports.run_record import CONFIG
 from pretrain.state import TrainState
 

@@ -24,7 +24,7 @@ from enum import Enum
 
 import numpy as np
 
-from pretrain.reports.run_record import Column
+from pretrain.reports.series import Column
 
 LAST_PART = 0.2
 NUM_BATCHES = 5

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,11 @@ from pretrain.loss_gap import (
     noise_floor,
     relative_gaps,
 )
+from pretrain.reports.config_values import differing, show_value
 from pretrain.reports.page import Card, Facts, image_file, page
 from pretrain.reports.plots import MAX_POINTS, Line, Panel, draw_panels
-from pretrain.reports.run_record import Column, RunRecord, read_record
+from pretrain.reports.run_record import RunRecord, read_record
+from pretrain.reports.series import Column
 
 PAGE, PICTURE, NUMBERS = "compare.html", "compare.svg", "compare.json"
 _KIND = "Comparison of two runs"
@@ -93,9 +95,8 @@ class LossGap:
     @property
     def differences(self) -> dict[str, tuple[Any, Any]]:
         """The keys in which the configurations differ, with both values, None for one that is not there."""
-        a, b = (flatten(record.config) for record in (self.record_a, self.record_b))
-        keys = [key for key in {**a, **b} if a.get(key) != b.get(key) and key not in ("run.dir", "run.name")]
-        return {key: (a.get(key), b.get(key)) for key in keys}
+        found = differing(self.record_a.config, self.record_b.config)
+        return {key: (a, b) for key, (a, b) in found.items()}
 
     @property
     def held_out(self) -> float | None:
@@ -131,19 +132,6 @@ def write_comparison(gap: LossGap, out: Path) -> None:
     _print_table(gap)
     print(_conclude(gap))
     print(out / PAGE)
-
-
-def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of nested tables by dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def show_value(value: object) -> str:
-    """A value of a configuration as people read it."""
-    return "none" if value is None else json.dumps(value, default=str)
 
 
 def _align(a: RunRecord, b: RunRecord, folder_b: Path, pair: RunPair) -> Series:

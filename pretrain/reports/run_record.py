@@ -1,43 +1,52 @@
-"""What a run has left in its folder, read for the report: metrics as columns, load of the experts, configuration."""
+"""What a run has left in its folder, read for the report: metrics as columns, load of the experts, events, the measured
+pipeline, configuration. All but metrics and configuration may be missing: older runs have less."""
 
 import json
 import math
 import tomllib
 from array import array
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pretrain.errors import UserError
 from pretrain.recorder import METRICS
+from pretrain.reports.expert_loads import LoadHistory, LoadReader
+from pretrain.reports.series import Collector, Column, Series, as_number, flattened
 
-CONFIG = "config.toml"
+CONFIG, EVENTS, PIPELINE, ORIGIN = "config.toml", "events.jsonl", "pipeline.json", "origin.json"
 COLUMNS = (
-    "step", "tokens", "loss", "lm_loss", "mtp_loss", "val_loss", "lr", "batch_size", "world_size", "grad_norm",
-    "skipped", "step_time_s", "tokens_per_s", "tflops_per_gpu", "mfu", "max_memory_gib", "load_max_violation",
-    "dead_experts",
+    "step", "tokens", "loss", "lm_loss", "mtp_loss", "balance_loss", "val_loss", "lr", "bias_update_speed",
+    "mtp_weight", "batch_size", "seq_len", "world_size", "grad_norm", "skipped", "spikes", "checkpoint_failed",
+    "step_time_s", "tokens_per_s", "tflops_per_gpu", "mfu", "max_memory_gib", "load_max_violation", "dead_experts",
+    "time",
 )  # fmt: skip
-_MAX_SNAPSHOTS = 512
+_MAX_EVENTS = 20_000
+# What is told of the lines read: once for so many bytes.
+_BYTES_TOLD = 1 << 20
 
-Column = NDArray[np.float64]
+Tell = Callable[[float], None]
 
 
 @dataclass(frozen=True)
-class LoadHistory:
-    """Tokens that each expert of a layer received, at moments spread over the run: `tokens` [moments] is when, and
-    `layers` holds [moments, experts] by name."""
+class Event:
+    """Something that happened: when (unix seconds), after which step, of which kind, in words."""
 
-    tokens: Column
-    layers: dict[str, Column]
+    time: float
+    step: float
+    kind: str
+    text: str
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run: its metrics, one value a step in each of `COLUMNS`, NaN where there is none."""
+    """A run: its metrics, one value a step in each of `COLUMNS`, NaN where there is none, and what was recorded now and
+    then: `moe` by `layer/metric`, `received` rows by "max" and "mean" with "rounds_max", seconds by phase, `parts` by
+    `part/metric`, busy seconds by rank, `fp8` by its key. `pipeline` and `origin` are as read."""
 
     name: str
     config_text: str
@@ -45,16 +54,29 @@ class RunRecord:
     written: datetime
     columns: dict[str, Column]
     loads: LoadHistory
+    moe: Series
+    received: Series
+    phases: Series
+    parts: Series
+    ranks: Series
+    fp8: Series
+    events: tuple[Event, ...] = ()
+    pipeline: dict[str, Any] = field(default_factory=dict)
+    origin: dict[str, Any] = field(default_factory=dict)
+
+    def tokens_at(self, step: float) -> float:
+        """Tokens seen after a step, or after the nearest one that there is."""
+        return float(np.interp(step, self.columns["step"], self.columns["tokens"]))
 
 
-def read_record(run_folder: Path) -> RunRecord:
-    """Reads RUN/metrics.jsonl and RUN/config.toml. Raises UserError if one is missing or unreadable; a last line that
-    was being written when the run died is left out."""
+def read_record(run_folder: Path, tell: Tell = lambda share: None) -> RunRecord:
+    """Reads a run's folder. Raises UserError if metrics or configuration are missing or unreadable; a last line that
+    was being written when the run died is left out. `tell` hears which share is read."""
     path = run_folder / METRICS
     if not path.is_file():
         raise UserError(f"no metrics at {path}; train first, or name the run's folder, run.dir/run.name")
     config_text, config = _read_config(run_folder / CONFIG)
-    columns, loads = _read_metrics(path)
+    metrics = _read_metrics(path, tell)
     run = config.get("run")
     name = run.get("name") if isinstance(run, dict) else None
     return RunRecord(
@@ -62,9 +84,36 @@ def read_record(run_folder: Path) -> RunRecord:
         config_text=config_text,
         config=config,
         written=datetime.fromtimestamp(path.stat().st_mtime).astimezone(),
-        columns=columns,
-        loads=loads,
+        columns={key: np.array(column) for key, column in metrics.columns.items()},
+        loads=metrics.loads.history(),
+        **{name: collector.series() for name, collector in metrics.nested.items()},
+        events=read_events(run_folder / EVENTS),
+        pipeline=_read_object(run_folder / PIPELINE),
+        origin=_read_object(run_folder / ORIGIN),
     )
+
+
+def read_events(path: Path) -> tuple[Event, ...]:
+    """The newest events of a run, oldest first; lines that are none are left out."""
+    events: list[Event] = []
+    try:
+        with open(path, "rb") as lines:
+            for line in lines:
+                if event := _parse_event(line):
+                    events.append(event)
+                if len(events) > 2 * _MAX_EVENTS:
+                    del events[:_MAX_EVENTS]
+    except OSError:
+        return ()
+    return tuple(events[-_MAX_EVENTS:])
+
+
+def parse_step(line: bytes) -> dict[str, Any] | None:
+    """The record of a line of metrics, None if it is none."""
+    record = _parse_object(line)
+    if record is None or any(math.isnan(as_number(record.get(key))) for key in ("step", "tokens")):
+        return None
+    return record
 
 
 def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
@@ -75,93 +124,83 @@ def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
         raise UserError(f"{path} cannot be read: {error}; it is written when a run starts, so train first") from None
 
 
-def _read_metrics(path: Path) -> tuple[dict[str, Column], LoadHistory]:
-    columns = {key: array("d") for key in COLUMNS}
-    snapshots = _Snapshots()
+class _Metrics:
+    """Takes lines of metrics apart."""
+
+    def __init__(self) -> None:
+        self.columns = {key: array("d") for key in COLUMNS}
+        self.loads = LoadReader()
+        self.nested = {name: Collector() for name in ("moe", "received", "phases", "parts", "ranks", "fp8")}
+
+    def add(self, record: dict[str, Any]) -> None:
+        for key, column in self.columns.items():
+            column.append(as_number(record.get(key)))
+        step, tokens = self.columns["step"][-1], self.columns["tokens"][-1]
+        self.loads.add(step, tokens, record.get("expert_load"))
+        for name, values in _nested(record):
+            self.nested[name].add(step, tokens, values)
+
+
+def _nested(record: dict[str, Any]) -> list[tuple[str, dict[str, object]]]:
+    """What a line has beside its columns, by the series it belongs to."""
+    found: list[tuple[str, dict[str, object]]] = []
+    for name in ("moe", "parts"):
+        if isinstance(record.get(name), dict):
+            found.append((name, flattened(record[name])))
+    if isinstance(record.get("phases"), dict):
+        found.append(("phases", record["phases"]))
+    if isinstance(record.get("received_rows"), dict):
+        found.append(("received", record["received_rows"] | {"rounds_max": record.get("rounds_max")}))
+    ranks = record.get("ranks")
+    if isinstance(ranks, dict) and isinstance(ranks.get("busy_s"), list):
+        found.append(("ranks", {str(rank): seconds for rank, seconds in enumerate(ranks["busy_s"])}))
+    fp8 = {key: value for key, value in record.items() if key.startswith("fp8_")}
+    return [*found, ("fp8", fp8)] if fp8 else found
+
+
+def _read_metrics(path: Path, tell: Tell) -> _Metrics:
+    metrics, size, read, told = _Metrics(), max(1, path.stat().st_size), 0, 0
     try:
         with open(path, "rb") as lines:
             for number, line in enumerate(lines, 1):
-                record = _parse(line)
+                record = parse_step(line)
                 if record is None and not line.endswith(b"\n"):
                     break
                 if record is None:
                     raise UserError(
                         f"{path}, line {number} is not a record of a step; remove that line, or train the run again"
                     )
-                for key, column in columns.items():
-                    column.append(_number(record.get(key)))
-                snapshots.add(_number(record["tokens"]), record.get("expert_load"))
+                metrics.add(record)
+                read += len(line)
+                if read - told >= _BYTES_TOLD:
+                    told = read
+                    tell(min(1.0, read / size))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from None
-    if not columns["step"]:
+    if not metrics.columns["step"]:
         raise UserError(f"{path} holds no step yet; train first")
-    return {key: np.array(column) for key, column in columns.items()}, snapshots.history()
+    return metrics
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """The record of a line, None if it is none."""
+def _parse_object(text: bytes) -> dict[str, Any] | None:
     try:
-        record = json.loads(line)
+        value = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(record, dict) or any(math.isnan(_number(record.get(key))) for key in ("step", "tokens")):
+    return value if isinstance(value, dict) else None
+
+
+def _parse_event(line: bytes) -> Event | None:
+    found = _parse_object(line) or {}
+    kind, text = found.get("kind"), found.get("text")
+    if not isinstance(kind, str) or not isinstance(text, str):
         return None
-    return record
+    return Event(as_number(found.get("time")), as_number(found.get("step")), kind, text)
 
 
-def _number(value: object) -> float:
-    """A finite number, NaN for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return math.nan
+def _read_object(path: Path) -> dict[str, Any]:
+    """A file that holds one JSON object; empty where there is no such file, or something else in it."""
     try:
-        return float(value) if math.isfinite(value) else math.nan
-    except OverflowError:
-        return math.nan
-
-
-class _Snapshots:
-    """Keeps at most `_MAX_SNAPSHOTS` loads, evenly spread however many there are."""
-
-    def __init__(self) -> None:
-        self._kept: list[tuple[float, dict[str, Column]]] = []
-        self._stride = 1
-        self._seen = 0
-
-    def add(self, tokens: float, load: object) -> None:
-        """The `expert_load` of a line, if it has one; what does not look like the first is left out."""
-        if not isinstance(load, dict):
-            return
-        self._seen += 1
-        if (self._seen - 1) % self._stride:
-            return
-        layers = _layers(load)
-        if layers and (not self._kept or _shapes(layers) == _shapes(self._kept[0][1])):
-            self._kept.append((tokens, layers))
-        if len(self._kept) > _MAX_SNAPSHOTS:
-            self._kept = self._kept[::2]
-            self._stride *= 2
-
-    def history(self) -> LoadHistory:
-        """All that was kept."""
-        names = list(self._kept[0][1]) if self._kept else []
-        return LoadHistory(
-            tokens=np.array([tokens for tokens, _ in self._kept]),
-            layers={name: np.stack([layers[name] for _, layers in self._kept]) for name in names},
-        )
-
-
-def _layers(load: dict[str, Any]) -> dict[str, Column]:
-    """The layers whose load is a list of numbers."""
-    layers = {}
-    for name, counts in load.items():
-        try:
-            numbers = np.array(counts, dtype=np.float64)
-        except (TypeError, ValueError, OverflowError):
-            continue
-        if numbers.ndim == 1 and len(numbers):
-            layers[name] = np.where(np.isfinite(numbers), numbers, 0.0)
-    return layers
-
-
-def _shapes(layers: dict[str, Column]) -> dict[str, int]:
-    return {name: len(counts) for name, counts in layers.items()}
+        return _parse_object(path.read_bytes()) or {}
+    except OSError:
+        return {}

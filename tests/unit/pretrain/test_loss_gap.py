@@ -17,7 +17,7 @@ from pretrain.loss_gap import (
     noise_floor,
     relative_gaps,
 )
-from pretrain.reports.run_record import Column
+from pretrain.reports.series import Column
 
 LIMIT = 0.0025
 NUM_STEPS = 1000

@@ -16,8 +16,10 @@ from support import PROJECT
 from pretrain.__main__ import main
 from pretrain.config import dump_config, load_config
 from pretrain.errors import UserError
-from pretrain.reports.plots import MAX_POINTS, draw_heat_map, thin_out
-from pretrain.reports.report import _duration, write_report
+from pretrain.reports.facts import duration
+from pretrain.reports.heat_maps import draw_load
+from pretrain.reports.plots import MAX_POINTS, thin_out
+from pretrain.reports.report import write_report
 from pretrain.reports.run_record import read_record
 
 CONFIG = '[run]\nname = "{name}"\n[optimizer]\nclip = 1.0\n'
@@ -132,9 +134,10 @@ def test_pictures_of_everything_are_there(page: Page) -> None:
     assert labels == [
         "nats a token",
         "nats a token",
+        "learning rate, batch size, sequences",
         "norm before clipping",
         "tokens a second",
-        "learning rate, batch size, sequences",
+        "most so far on the first rank, GiB",
         "largest load / mean load − 1, worst layer, experts without a token",
     ]
     assert page.count("img") == 2
@@ -144,11 +147,13 @@ def test_pictures_of_everything_are_there(page: Page) -> None:
 TITLES = [
     "Loss",
     "Loss after the first fifth",
+    "Learning rate, batch, γ, MTP weight",
     "Gradient",
     "Throughput",
-    "Learning rate and batch",
+    "Memory",
     "Balance of the experts",
     "Load of the experts",
+    "Differences of the configuration",
     "Configuration",
 ]
 
@@ -306,7 +311,7 @@ def test_thinning_keeps_means_spikes_and_gaps() -> None:
 
 def test_a_heat_map_has_a_row_for_each_expert() -> None:
     load = np.array([[0.0, 4, 2, 2]] * 5)
-    address = draw_heat_map(load)
+    address = draw_load(load)
     assert address.startswith("data:image/png;base64,")
     pixels = imread(io.BytesIO(base64.b64decode(address.partition(",")[2])))
     assert pixels.shape[:2] == (4, 5)
@@ -319,7 +324,7 @@ def test_a_heat_map_has_a_row_for_each_expert() -> None:
     [(0.4, "0 s"), (59, "59 s"), (450, "7 min 30 s"), (7500, "2 h 5 min"), (273_600, "3 d 4 h")],
 )
 def test_durations(seconds: float, text: str) -> None:
-    assert _duration(seconds) == text
+    assert duration(seconds) == text
 
 
 def test_runs_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
