@@ -1,0 +1,114 @@
+"""Bandwidth of the exchange of expert rows beside NCCL's own all-to-all of the same bytes.
+
+    python benchmarks/all_to_all_speed.py --ranks 2                           # GPUs of one host, NCCL
+    python benchmarks/all_to_all_speed.py --ranks 2 --device cpu --rows 256   # gloo, that it runs
+
+Each rank sends `--rows` rows of a width to every rank, itself included, as `parallel.transfer` does on the way to
+experts: in bf16, and in FP8 with rounding and back. NCCL's side is one `all_to_all_single` of one tensor with as many
+bytes as travel. GB/s are of the bytes that leave a rank for others; medians of interleaved rounds, on the slowest rank.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import distributed as dist
+
+from parallel.transfer import FP8_GROUP, AllToAll, Fp8AllToAll
+
+ROOT = Path(__file__).resolve().parents[1]
+Work = Callable[[], object]
+
+
+def sides(rows: int, width: int, device: torch.device) -> dict[str, tuple[Work, int]]:
+    """What is timed, and how many bytes leave a rank for others."""
+    group, size = dist.group.WORLD, dist.get_world_size()
+    assert group is not None
+    counts = [rows] * size
+    x = torch.randn(rows * size, width, device=device, dtype=torch.bfloat16)
+    codes_width = width + 4 * (width // FP8_GROUP)
+    others = rows * (size - 1)
+
+    def plainly(bytes_a_row: int) -> Work:
+        out, sent = (torch.empty(rows * size, bytes_a_row, dtype=torch.uint8, device=device) for _ in range(2))
+        return lambda: dist.all_to_all_single(out, sent, counts, counts)
+
+    return {
+        "NCCL, bytes of bf16 rows": (plainly(2 * width), others * 2 * width),
+        "Eva, bf16": (lambda: AllToAll(group, counts, counts).send(x).wait(), others * 2 * width),
+        "NCCL, bytes of FP8 rows": (plainly(codes_width), others * codes_width),
+        "Eva, FP8 with rounding": (lambda: Fp8AllToAll(group, counts, counts).send(x).wait(), others * codes_width),
+    }
+
+
+def measure(works: dict[str, tuple[Work, int]], device: torch.device, rounds: int) -> dict[str, list[float]]:
+    """Seconds of every round, of the slowest rank."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for number in range(-3, rounds):
+        for name, (work, _) in works.items():
+            dist.barrier()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            began = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            taken = torch.tensor(time.perf_counter() - began, device=device)
+            dist.all_reduce(taken, dist.ReduceOp.MAX)
+            if number >= 0:
+                times[name].append(float(taken))
+    return times
+
+
+def run_rank(arguments: argparse.Namespace) -> None:
+    rank = int(os.environ["RANK"])
+    device = torch.device(f"cuda:{rank}" if arguments.device == "cuda" else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    lines = []
+    for rows in arguments.rows:
+        works = sides(rows, arguments.width, device)
+        times = measure(works, device, arguments.rounds)
+        speeds = {name: size / median(times[name]) / 1e9 for name, (_, size) in works.items()}
+        for pair in (("NCCL, bytes of bf16 rows", "Eva, bf16"), ("NCCL, bytes of FP8 rows", "Eva, FP8 with rounding")):
+            for name in pair:
+                ratio = f"{speeds[name] / speeds[pair[0]]:.2f}"
+                lines.append(f"| {rows} | {name} | {1e6 * median(times[name]):.0f} | {speeds[name]:.1f} | {ratio} |")
+    if rank == 0:
+        name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU, gloo"
+        print(
+            f"\n{date.today()}, {dist.get_world_size()} × {name}, torch {torch.__version__}, rows of {arguments.width}"
+        )
+        print("\n| rows to each rank | side | µs | GB/s | of NCCL's |\n|---|---|---|---|---|")
+        print("\n".join(lines))
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    """Starts the ranks, unless this is one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--rows", type=int, nargs="+", default=[2048, 8192, 32768])
+    parser.add_argument("--width", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=21)
+    arguments = parser.parse_args()
+    if "RANK" in os.environ:
+        run_rank(arguments)
+        return
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(arguments.ranks), __file__, *sys.argv[1:]]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    raise SystemExit(subprocess.run(command, env=environment).returncode)
+
+
+if __name__ == "__main__":
+    main()
