@@ -239,7 +239,7 @@ def test_of_many_micro_batches_some_are_drawn(tmp_path: Path) -> None:
         (("parallel.pp=4",), {"world_size": 1e300}),
         (("parallel.pp=4",), {"world_size": 6}),
         (("parallel.pp=4",), {"batch_size": 1e300}),
-        (("parallel.pp=4", "parallel.schedule=zb1p"), {"batch_size": 3}),
+        (("parallel.pp=4", "parallel.schedule=dualpipe"), {"batch_size": 3}),
     ],
 )  # fmt: skip
 def test_no_pipeline_no_drawing(tmp_path: Path, overrides: tuple[str, ...], changes: dict[str, Any]) -> None:
