@@ -133,7 +133,7 @@ def _constants(num_experts: int) -> dict[str, int]:
 
 
 @triton.jit
-def _divide(numerator: tl.tensor, denominator: tl.tensor) -> tl.tensor:
+def divide(numerator: tl.tensor, denominator: tl.tensor) -> tl.tensor:
     """Rounded as IEEE asks; `/` is not on a GPU, and is in the interpreter, of which not every version has `div_rn`."""
     return tl.div_rn(numerator, denominator) if _COMPILED else numerator / denominator
 
@@ -141,7 +141,7 @@ def _divide(numerator: tl.tensor, denominator: tl.tensor) -> tl.tensor:
 @triton.jit
 def _scale(amax: tl.tensor, POWER_OF_TWO: tl.constexpr) -> tl.tensor:
     """`model.quantize.scale_of` for E4M3 from bf16."""
-    scale = _divide(_LARGEST + amax * 0.0, amax)
+    scale = divide(_LARGEST + amax * 0.0, amax)
     scale = tl.where(scale == float("inf"), _LARGEST_BF16, scale)
     if POWER_OF_TWO:
         scale = (scale.to(tl.int32, bitcast=True) & _EXPONENT_BITS).to(tl.float32, bitcast=True)
@@ -161,7 +161,7 @@ def _store_rows(
     """Codes of x [128, 128] with a scale for each row; its columns are those of the given `block` of 128."""
     scale = _scale(tl.max(tl.abs(x), 1), POWER_OF_TWO)
     tl.store(codes + row[:, None] * width + column[None, :], _encode(x, scale[:, None]), mask=is_row[:, None])
-    tl.store(scale_inv + block * num_rows + row, _divide(1.0 + scale * 0.0, scale), mask=is_row)
+    tl.store(scale_inv + block * num_rows + row, divide(1.0 + scale * 0.0, scale), mask=is_row)
 
 
 @triton.jit
@@ -173,7 +173,7 @@ def _store_columns(
     scale = _scale(tl.max(tl.abs(x), 0), POWER_OF_TWO)
     at = codes + column.to(tl.int64)[None, :] * num_places + place[:, None]
     tl.store(at, _encode(x, scale[None, :]))
-    tl.store(scale_inv + tile * width + column, _divide(1.0 + scale * 0.0, scale))
+    tl.store(scale_inv + tile * width + column, divide(1.0 + scale * 0.0, scale))
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_places"])
@@ -271,6 +271,6 @@ def _weights_kernel(
     tl.store(codes + first + row[:, None] * width + column[None, :], rounded)
     tl.store(codes_t + first + column[None, :] * height + row[:, None], rounded)
     blocks_m, blocks_n = height // BLOCK, width // BLOCK
-    inverse = _divide(1.0 + scale * 0.0, scale)
+    inverse = divide(1.0 + scale * 0.0, scale)
     tl.store(scale_inv + (expert * blocks_m + m) * blocks_n + n, inverse)
     tl.store(scale_inv_t + (expert * blocks_n + n) * blocks_m + m, inverse)

@@ -4,7 +4,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from kernel_cases import check_keys, check_norm, check_places, check_rotation, check_sum_rows, check_swiglu
+from kernel_cases import (
+    check_fp8_rows,
+    check_keys,
+    check_norm,
+    check_places,
+    check_rotation,
+    check_sum_rows,
+    check_swiglu,
+)
 from torch import Tensor
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -72,3 +80,9 @@ def test_rotation(shape: tuple[int, int, int, int], rotary_dim: int, heads_first
 @pytest.mark.parametrize(("batch", "length", "num_heads"), [(2, 4096, 16), (1, 1000, 128), (1, 77, 3)])
 def test_keys(batch: int, length: int, num_heads: int, heads_first: bool, dtype: torch.dtype) -> None:
     twice(lambda: check_keys(batch, length, num_heads, (128, 64, 128), dtype, heads_first=heads_first))
+
+
+@DTYPES
+@pytest.mark.parametrize(("num_rows", "width"), [(8192, 2048), (1000, 7168), (333, 1000), (0, 64)])
+def test_fp8_rows(num_rows: int, width: int, dtype: torch.dtype) -> None:
+    twice(lambda: check_fp8_rows(num_rows, width, dtype))
