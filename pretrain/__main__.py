@@ -88,8 +88,25 @@ def _add_train_and_plan(commands: "argparse._SubParsersAction[argparse.ArgumentP
         metavar="GIB",
         help="memory of a device; exit 2 if it cannot fit",
     )
-    report = _add(commands, "report", "write RUN/report.html, a page of plots", "python -m pretrain report runs/tiny")
-    report.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    _add_report_and_watch(commands)
+
+
+def _add_report_and_watch(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    report = _add(
+        commands,
+        "report",
+        "write RUN/report.html, a page of plots; of several runs, a page that compares them",
+        "python -m pretrain report runs/tiny",
+    )
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="the run's folder")
+    report.add_argument(
+        "--out", type=Path, metavar="FILE", help="the page of several (default: in the first one's dir)"
+    )
+    watch = _add(
+        commands, "watch", "follow a run in the terminal, from another shell", "python -m pretrain watch runs/tiny"
+    )
+    watch.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    watch.add_argument("--once", action="store_true", help="print one picture and end")
 
 
 def _add_compare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

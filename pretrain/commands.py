@@ -68,10 +68,24 @@ def compare(arguments: Namespace) -> int:
 
 
 def report(arguments: Namespace) -> int:
-    """`report RUN`."""
+    """`report RUN` and `report A B`."""
     from pretrain.reports.report import write_report
+    from pretrain.reports.side_by_side import write_side_by_side
 
-    print(write_report(arguments.run))
+    if len(arguments.runs) > 1:
+        print(write_side_by_side(arguments.runs, arguments.out))
+    elif arguments.out:
+        raise UserError("--out names the page of several runs; the page of one lies in its folder")
+    else:
+        print(write_report(arguments.runs[0]))
+    return DONE
+
+
+def watch(arguments: Namespace) -> int:
+    """`watch RUN`."""
+    from pretrain.reports.watch import watch as show
+
+    show(arguments.run, once=arguments.once)
     return DONE
 
 
