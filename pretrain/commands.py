@@ -16,14 +16,15 @@ from pretrain.errors import DONE, STOPPED_EARLY, UserError
 def train(arguments: Namespace) -> int:
     """`train CONFIG`."""
     from pretrain.loop import train as run
+    from pretrain.origin import find_origin
 
     place = find_place()
-    config = load_config(arguments.config, arguments.set)
+    config, origin = load_config(arguments.config, arguments.set), find_origin(arguments.config, arguments.set)
     check_layout(config, place.world_size)
     load_deepspeed()
     join_processes(place)
     try:
-        finished = run(config, place)
+        finished = run(config, place, origin)
     except LostRankError as error:
         end_process(error, place.rank)
     leave_processes()

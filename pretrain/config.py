@@ -188,7 +188,7 @@ class Config:
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a file, its bases and `key=value` overrides. Raises UserError for anything wrong with them."""
-    table = _read_with_bases(path, seen=())
+    table = read_table(path)
     for override in overrides:
         _apply_override(table, override)
     return parse_config(table)
@@ -263,7 +263,8 @@ def _batch_sizes(config: Config) -> tuple[str, list[int]]:
     return "timeline.batch_size", [config.full_timeline.at(seen).batch_size for seen in tokens]
 
 
-def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> Table:
+def read_table(path: Path, seen: tuple[Path, ...] = ()) -> Table:
+    """A file with its bases, unchecked; `seen` files lead to it. Raises UserError if one cannot be read."""
     if path.resolve() in seen:
         raise UserError(f"{path} is its own base, through {' → '.join(str(p.name) for p in seen)}; remove one `base`")
     try:
@@ -279,7 +280,7 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> Table:
         return table
     if not isinstance(base, str):
         raise UserError(f"base = {base!r} in {path} must be the path of another file")
-    return _merged(_read_with_bases(path.parent / base, (*seen, path.resolve())), table)
+    return _merged(read_table(path.parent / base, (*seen, path.resolve())), table)
 
 
 def _merged(base: Table, over: Table) -> Table:

@@ -22,6 +22,7 @@ from pretrain.errors import SharedError
 from pretrain.evaluate import HeldOut, open_held_out
 from pretrain.fp8 import describe_fp8, monitors_fp8
 from pretrain.guarding import check_health, check_replicas, guard_of, roll_back, take_step, tell
+from pretrain.origin import Origin, write_origin
 from pretrain.recorder import Goal, Recorder, SilentRecorder, max_memory_gib, peak_tflops
 from pretrain.run_lock import holding_together
 from pretrain.state import TrainState, first_state, open_averages, open_saver, resume, save
@@ -36,8 +37,9 @@ class StopRequest:
     requested: bool = False
 
 
-def train(config: Config, place: Place) -> bool:
-    """Trains until the end that the configuration sets, from the newest checkpoint if there is one.
+def train(config: Config, place: Place, origin: Origin | None = None) -> bool:
+    """Trains until the end that the configuration sets, from the newest checkpoint if there is one. Where the
+    configuration comes from is written into the run's folder, if given.
 
     Returns False when a signal stopped it before; a checkpoint of the last step is there either way. Processes must
     have been joined. Raises UserError, on all ranks alike, before the first step, and its GuardError later;
@@ -53,6 +55,9 @@ def train(config: Config, place: Place) -> bool:
         if config.data.verify:
             verify_data(stream, place)
         run = assemble(config, place, stream)
+        with failing_together():
+            if origin and place.is_first:
+                write_origin(config.run.folder, origin, place.device)
         with watch_progress(place, log, guards.timeout) as progress:
             if guards.check_health:
                 check_health(run)

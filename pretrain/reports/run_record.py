@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 
 from pretrain.errors import UserError
+from pretrain.origin import ORIGIN
 from pretrain.recorder import METRICS
 from pretrain.reports.expert_loads import LoadHistory, LoadReader
 from pretrain.reports.series import Collector, Column, Series, as_number, flattened
 
-CONFIG, EVENTS, PIPELINE, ORIGIN = "config.toml", "events.jsonl", "pipeline.json", "origin.json"
+CONFIG, EVENTS, PIPELINE = "config.toml", "events.jsonl", "pipeline.json"
 COLUMNS = (
     "step", "tokens", "loss", "lm_loss", "mtp_loss", "balance_loss", "val_loss", "lr", "bias_update_speed",
     "mtp_weight", "batch_size", "seq_len", "world_size", "grad_norm", "skipped", "spikes", "checkpoint_failed",

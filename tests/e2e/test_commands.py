@@ -58,7 +58,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_run_folder(trained: Path) -> None:
     names = {path.name for path in (trained / "tiny").iterdir()}
-    assert names == {"config.toml", "metrics.jsonl", "checkpoints", "tensorboard", "log.txt", "lock"}
+    assert names == {"config.toml", "metrics.jsonl", "checkpoints", "tensorboard", "log.txt", "lock", "origin.json"}
     last = json.loads((trained / "tiny" / "metrics.jsonl").read_text().splitlines()[-1])
     wanted = [
         "step",
