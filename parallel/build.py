@@ -7,6 +7,7 @@ from model.fp8 import Fp8Config
 from model.init import initialize
 from model.transformer import Transformer
 from parallel.chunk import Chunk
+from parallel.clock import Clock
 from parallel.config import ParallelConfig
 from parallel.context import ContextRanks
 from parallel.dispatch import make_dispatcher
@@ -52,10 +53,10 @@ def build_model(
 
 def build_executor(model: Transformer, parallel: ParallelConfig, mesh: Mesh, *, defers: bool) -> Executor:
     """The pipeline over this rank's chunks."""
-    schedule = placement(parallel)
+    schedule, clock = placement(parallel), Clock(next(model.parameters()).device)
     layers = split_layers(model.config, schedule.num_stages)
     dispatcher = make_dispatcher(
-        mesh, model.config.n_routed_experts, max_rows=parallel.max_expert_rows, fp8=parallel.fp8_dispatch
+        mesh, model.config.n_routed_experts, max_rows=parallel.max_expert_rows, fp8=parallel.fp8_dispatch, clock=clock
     )
     chunks = {
         stage: Chunk(
@@ -69,7 +70,7 @@ def build_executor(model: Transformer, parallel: ParallelConfig, mesh: Mesh, *, 
         )
         for stage in schedule.stages_of(mesh.shape.pp_rank(mesh.rank))
     }
-    return Executor(chunks, mesh=mesh, schedule=parallel.schedule, defers=defers)
+    return Executor(chunks, mesh=mesh, schedule=parallel.schedule, defers=defers, clock=clock)
 
 
 def shared_parameters(model: Transformer, mesh: Mesh) -> dict[str, bool]:

@@ -43,15 +43,23 @@ class LossWeights:
 
 @dataclass
 class Outcome:
-    """What the forward passes of a step leave behind on this rank: summed losses [3] (lm, mtp, balance) in fp64, and
-    the tokens of each expert by layer, [E] int64."""
+    """What the forward passes of a step leave behind on this rank: summed losses [3] (lm, mtp, balance) in fp64, the
+    tokens of each expert by layer, [E] int64, the rows that arrived at the experts here, and the most rounds it took
+    for those of a micro-batch in a layer."""
 
     losses: Tensor
     load: dict[int, Tensor] = field(default_factory=dict)
+    rows: int = 0
+    rounds: int = 1
 
     def add_load(self, layer: int, load: Tensor) -> None:
         """Counts a micro-batch."""
         self.load[layer] = self.load[layer] + load if layer in self.load else load
+
+    def add_rows(self, rows: int, rounds: int) -> None:
+        """Counts what arrived for a micro-batch in a layer."""
+        self.rows += rows
+        self.rounds = max(self.rounds, rounds)
 
 
 @dataclass(frozen=True)
@@ -130,7 +138,8 @@ class Chunk:
             residual, normed, choice_weights = tape.cut(residual, normed, choice_weights, roots=passing.roots)
             passing.roots.clear()
         choices = RoutedRows(normed.flatten(0, 1), attended.route.experts, choice_weights)
-        routed = yield from self.dispatcher.run(tape, choices, block.routed, partial(block.routed, defers=False))
+        at_once = partial(block.routed, defers=False)
+        routed = yield from self.dispatcher.run(tape, choices, block.routed, at_once, passing.outcome.add_rows)
         shared = block.shared(normed)
         out = residual + routed.view_as(residual)
         return out if shared is None else out + shared

@@ -21,11 +21,14 @@ from torch import distributed as dist
 
 from model.experts import RoutedRows
 from model.permute import Copies, collect, find_copies, spread
+from parallel.clock import Clock
 from parallel.mesh import Mesh
 from parallel.tape import Steps, Tape
 from parallel.transfer import AllToAll, Fp8AllToAll
 
 Experts = Callable[[RoutedRows], Tensor]
+Count = Callable[[int, int], None]
+"""Is told, once a pass, how many rows arrive at the experts here, and in how many rounds."""
 
 
 @dataclass(frozen=True)
@@ -38,19 +41,24 @@ class Hop:
 
 @dataclass(frozen=True)
 class _Way:
-    """How the rows of one hop go: which tokens they are copies of, the rows of each round, and the exchange there."""
+    """How the rows of one hop go: which tokens they are copies of, the rows of each round, and the exchange there;
+    and how many arrive here in all rounds."""
 
     copies: Copies
     rows_of_rounds: tuple[int, ...]
+    num_arriving: int
     exchanges: tuple[AllToAll, ...]
 
 
 class Dispatcher:
     """Carries rows over `hops` among the ranks of `group`; with none, all experts are here. At most `max_rows` (0: any
-    number) arrive at the experts at once. With `fp8` rows are in FP8 on the way there."""
+    number) arrive at the experts at once. With `fp8` rows are in FP8 on the way there. `clock` hears of waiting."""
 
-    def __init__(self, hops: Sequence[Hop], *, group: dist.ProcessGroup, max_rows: int = 0, fp8: bool = False) -> None:
+    def __init__(
+        self, hops: Sequence[Hop], *, group: dist.ProcessGroup, clock: Clock, max_rows: int = 0, fp8: bool = False
+    ) -> None:
         self._hops = tuple(hops)
+        self._clock = clock
         self._group = group
         self._max_rows = max_rows
         self._exchange = Fp8AllToAll if fp8 else AllToAll
@@ -60,24 +68,36 @@ class Dispatcher:
         """Whether rows go anywhere. If not, `run` leaves nothing on the tape, and its inputs need not be leaves."""
         return bool(self._hops)
 
-    def run(self, tape: Tape, routed: RoutedRows, experts: Experts, experts_at_once: Experts) -> Steps[Tensor]:
+    def run(
+        self, tape: Tape, routed: RoutedRows, experts: Experts, experts_at_once: Experts, count: Count
+    ) -> Steps[Tensor]:
         """What the tokens [T, D] get from their experts. Rows and weights are leaves; choices are among all experts.
         `experts` are those that live here, `experts_at_once` the same without deferring anything. Yields while
         something is under way."""
-        return (yield from self._run(self._hops, tape, routed, experts, experts_at_once))
+        if not self._hops:
+            count(len(routed.rows), 1)
+        return (yield from self._run(self._hops, tape, routed, experts, experts_at_once, count))
 
     def _run(
-        self, hops: tuple[Hop, ...], tape: Tape, routed: RoutedRows, experts: Experts, experts_at_once: Experts
+        self,
+        hops: tuple[Hop, ...],
+        tape: Tape,
+        routed: RoutedRows,
+        experts: Experts,
+        experts_at_once: Experts,
+        count: Count,
     ) -> Steps[Tensor]:
         if not hops:
             return experts(routed)
         way, packed = yield from self._prepare(hops[0], routed, bound=self._max_rows if len(hops) == 1 else 0)
+        if len(hops) == 1:
+            count(way.num_arriving, len(way.exchanges))
         if len(way.exchanges) == 1:
             rows, weights = tape.cut(packed.rows, packed.weights)
             there = self._there_and_back(
                 way.exchanges[0],
                 packed.experts,
-                lambda tape, arrived: self._run(hops[1:], tape, arrived, experts, experts_at_once),
+                lambda tape, arrived: self._run(hops[1:], tape, arrived, experts, experts_at_once, count),
             )
             results = yield from there(tape, rows, weights)
             return collect(results, way.copies)
@@ -87,7 +107,7 @@ class Dispatcher:
             there = self._there_and_back(
                 way.exchanges[number],
                 choices,
-                lambda tape, arrived: self._run((), tape, arrived, experts_at_once, experts_at_once),
+                lambda tape, arrived: self._run((), tape, arrived, experts_at_once, experts_at_once, count),
             )
             parts.append((yield from tape.run_twice(there, pieces[number], pieces[num_rounds + number])))
         return collect(torch.cat(parts), way.copies)
@@ -128,24 +148,27 @@ class Dispatcher:
         everyones = [torch.empty_like(leaving) for _ in range(members)]
         work = dist.all_gather(everyones, leaving, group=hop.group, async_op=True)
         yield
-        work.wait()
+        with self._clock.phase("all_to_all"):
+            work.wait()
         # [from, to]
         counts = torch.stack(everyones)
         num_rounds = self._count_rounds(counts, bound) if bound else 1
         counts = counts.cpu()
         sizes = _sizes_of_rounds(counts, num_rounds)
         copies, rounds = _order(goes, sizes[:, place].to(goes.device), routed.experts.shape[1])
-        exchanges = [self._exchange(hop.group, size[place].tolist(), size[:, place].tolist()) for size in sizes]
-        way = _Way(copies, tuple(sizes[:, place].sum(1).tolist()), tuple(exchanges))
+        exchanges = [
+            self._exchange(hop.group, size[place].tolist(), size[:, place].tolist(), self._clock) for size in sizes
+        ]
+        way = _Way(copies, tuple(sizes[:, place].sum(1).tolist()), int(counts[:, place].sum()), tuple(exchanges))
         return way, _pack(routed, copies, rounds, hop)
 
 
-def make_dispatcher(mesh: Mesh, num_experts: int, *, max_rows: int, fp8: bool) -> Dispatcher:
+def make_dispatcher(mesh: Mesh, num_experts: int, *, max_rows: int, fp8: bool, clock: Clock) -> Dispatcher:
     """The way to the `num_experts` experts of a layer: none, over an expert group, or over its nodes first."""
     nodes, ranks = dist.get_world_size(mesh.expert_node_peers), dist.get_world_size(mesh.expert_node)
     hops = [Hop(mesh.expert_node_peers, num_experts // nodes), Hop(mesh.expert_node, num_experts // nodes // ranks)]
     hops = [hop for hop in hops if dist.get_world_size(hop.group) > 1]
-    return Dispatcher(hops, group=mesh.expert, max_rows=max_rows, fp8=fp8)
+    return Dispatcher(hops, group=mesh.expert, max_rows=max_rows, fp8=fp8, clock=clock)
 
 
 def _destinations(experts: Tensor, hop: Hop) -> Tensor:

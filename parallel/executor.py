@@ -5,7 +5,6 @@ the lowered schedule says so and waited for when the step begins; what it gives 
 follow one another on one rank hand over directly. One rank without a pipeline is the same code.
 """
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from torch import distributed as dist
 
 from model.linear import WeightGradients, Work
 from parallel.chunk import Chunk, LossWeights, MicroBatch, Outcome
+from parallel.clock import Clock, Moment
 from parallel.mesh import Mesh
 from parallel.schedule import Action, Kind, Overlapped, Schedule, ScheduleName, Step, make_schedule
 from parallel.simulate import Op, Recv, Send, lower
@@ -29,19 +29,23 @@ NO_WEIGHTS = LossWeights(0.0, 0.0, 0.0)
 
 @dataclass(frozen=True)
 class Executed:
-    """A step of the schedule, and when it ran, in seconds of `time.perf_counter`; on a GPU, when it was launched."""
+    """A step of the schedule, and when it ran, without waiting for what it needs: `Clock.now`, so on a GPU when it was
+    launched, if spans are not marked."""
 
     step: Step
-    start: float
-    end: float
+    start: Moment
+    end: Moment
 
 
 class Executor:
     """The pipeline of one rank. `chunks` are those of its stages; `defers` says whether weight gradients may wait.
-    `executed` lists the steps of the newest run."""
+    `executed` lists the steps of the newest run, `clock` hears what it does."""
 
-    def __init__(self, chunks: Mapping[int, Chunk], *, mesh: Mesh, schedule: ScheduleName, defers: bool) -> None:
+    def __init__(
+        self, chunks: Mapping[int, Chunk], *, mesh: Mesh, schedule: ScheduleName, defers: bool, clock: Clock
+    ) -> None:
         self.chunks = dict(chunks)
+        self.clock = clock
         self.mesh = mesh
         self.defers = defers
         self.executed: list[Executed] = []
@@ -81,12 +85,17 @@ class Executor:
     def _run_ops(self, run: "_Run", ops: Sequence[Op]) -> None:
         for is_transfer, group in groupby(ops, lambda op: isinstance(op, Send | Recv)):
             if is_transfer:
-                run.transfer([op for op in group if isinstance(op, Send | Recv)])
+                with self.clock.phase("pipeline"):
+                    run.transfer([op for op in group if isinstance(op, Send | Recv)])
             else:
                 for op in group:
                     assert isinstance(op, Action | Overlapped)
                     run.perform(op)
         run.finish()
+
+    def schedule(self, num_micro_batches: int) -> Schedule:
+        """What all ranks of the pipeline do with so many micro-batches."""
+        return self._lowered(num_micro_batches)[0]
 
     def _lower(self, num_micro_batches: int) -> tuple[Schedule, tuple[Op, ...]]:
         schedule = make_schedule(self._name, num_ranks=len(self.ranks), num_micro_batches=num_micro_batches)
@@ -130,7 +139,7 @@ class _Run:
     ) -> None:
         self._executor, self._schedule, self._batches = executor, schedule, batches
         self._weights, self._training = weights, training
-        self._model = executor._model
+        self._model, self._clock = executor._model, executor.clock
         self._weight_gradients: WeightGradients = self._model.execution.weight_gradients
         self._given: dict[str, dict[Place, Tensor]] = {"activation": {}, "gradient": {}}
         self._asked: dict[tuple[str, Place], dist.Work] = {}
@@ -179,31 +188,39 @@ class _Run:
     def _take(self, payload: str, place: Place) -> Tensor:
         work = self._asked.pop((payload, place), None)
         if work is not None:
-            work.wait()
+            with self._clock.phase("pipeline"):
+                work.wait()
         return self._given[payload].pop(place)
 
     def perform(self, step: Step) -> None:
         """Runs one step of the schedule."""
-        start = time.perf_counter()
+        clock = self._clock
         if isinstance(step, Overlapped):
             forward, backward = step.forward, step.backward
             live, live_backward = self._begin(forward), self._live_with_gradient(backward)
+            start = clock.now()
             with self._deferring(backward):
-                out = run_in_turns(self._forward(forward, live), live_backward.tape.backward())
+                out = run_in_turns(
+                    clock.during("forward", self._forward(forward, live)),
+                    clock.during("backward", live_backward.tape.backward()),
+                )
             self._end_forward(forward, live, out)
             self._end_backward(backward, live_backward)
         elif step.kind == Kind.FORWARD:
-            live = self._begin(step)
-            self._end_forward(step, live, run_to_end(self._forward(step, live)))
+            live, start = self._begin(step), clock.now()
+            with clock.phase("forward"):
+                self._end_forward(step, live, run_to_end(self._forward(step, live)))
         elif step.kind == Kind.WEIGHT_GRAD:
-            for work in self._weight_work.pop((step.stage, step.micro_batch)):
-                work()
+            start = clock.now()
+            with clock.phase("backward"):
+                for work in self._weight_work.pop((step.stage, step.micro_batch)):
+                    work()
         else:
-            live = self._live_with_gradient(step)
-            with self._deferring(step):
+            live, start = self._live_with_gradient(step), clock.now()
+            with self._deferring(step), clock.phase("backward"):
                 run_to_end(live.tape.backward())
             self._end_backward(step, live)
-        self.executed.append(Executed(step, start, time.perf_counter()))
+        self.executed.append(Executed(step, start, clock.now()))
 
     def _begin(self, action: Action) -> _Live:
         place = action.stage, action.micro_batch
@@ -246,8 +263,9 @@ class _Run:
 
     def finish(self) -> None:
         """Waits for what is still being sent. Nothing else may be left."""
-        for work, _ in self._sent:
-            work.wait()
+        with self._clock.phase("pipeline"):
+            for work, _ in self._sent:
+                work.wait()
         assert not self._live
         assert not self._weight_work
         assert not any(self._given.values())

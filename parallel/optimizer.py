@@ -29,7 +29,7 @@ from parallel.mesh import Mesh
 
 EXPERTS = ".mlp.experts."
 Accepts = Callable[[float], bool]
-_ELEMENTS_AT_ONCE = 1 << 24
+ELEMENTS_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +78,10 @@ class OptimizerShard:
 
 class Optimizer(Protocol):
     """Ends steps. `defers_weight_gradients` says whether weight gradients may come after the rest of their backward
-    pass."""
+    pass; `adam` is what updates the shards."""
 
     defers_weight_gradients: bool
+    adam: "AdamW"
 
     def accumulating(self) -> AbstractContextManager[None]:
         """Is to surround all backward passes of a step."""
@@ -115,6 +116,7 @@ class Coefficients(NamedTuple):
 
 class AdamW(torch.optim.AdamW):
     """AdamW whose moments can be kept in bf16. They exist from the start, so that they can be saved and loaded.
+    `before_update` is called with what gradients are about to be multiplied by.
 
     What is on a GPU is updated by a kernel of ours, in one pass over memory; what is on the CPU, by torch.
     """
@@ -125,6 +127,7 @@ class AdamW(torch.optim.AdamW):
         on_cuda = all(parameter.is_cuda for group in groups for parameter in group["params"])
         betas = config.beta1, config.beta2
         super().__init__(groups, lr=0.0, betas=betas, eps=config.eps, fused=on_cuda)
+        self.before_update: Callable[[float], None] | None = None
 
     def start(self) -> None:
         """Sets both moments to zero. To be called when the groups hold the tensors that will be updated."""
@@ -149,6 +152,8 @@ class AdamW(torch.optim.AdamW):
     def step_scaled(self, scale: float, copies: Mapping[Tensor, Tensor]) -> None:
         """One update from the gradients times `scale`, by which they may be multiplied in place. The tensors that
         `copies` has for parameters then hold their values, rounded."""
+        if self.before_update is not None:
+            self.before_update(scale)
         held = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         if held and held[0][0].is_cuda:
             for parameter, group in held:
@@ -176,7 +181,7 @@ class AdamW(torch.optim.AdamW):
         state = self.state[parameter]
         numbers = self._count(state, group)
         tensors = parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]
-        parts = [tensor.view(-1).split(_ELEMENTS_AT_ONCE) for tensor in tensors if tensor is not None]
+        parts = [tensor.view(-1).split(ELEMENTS_AT_ONCE) for tensor in tensors if tensor is not None]
         for weights, gradient, kept_mean, kept_square in zip(*parts, strict=True):
             mean = kept_mean.float().lerp_(gradient, numbers.mean_share)
             square = kept_square.float().lerp_(gradient.square(), numbers.square_share)
@@ -185,10 +190,17 @@ class AdamW(torch.optim.AdamW):
             size = square.mul_(numbers.square_scale).sqrt_().add_(numbers.eps)
             weights.mul_(numbers.kept).addcdiv_(mean, size, value=-numbers.rate)
 
-    @staticmethod
-    def _count(state: dict[str, Any], group: dict[str, Any]) -> Coefficients:
+    def _count(self, state: dict[str, Any], group: dict[str, Any]) -> Coefficients:
         """Counts an update, and what it takes."""
         state["step"] += 1
+        return self._coefficients(state, group)
+
+    def coefficients(self, parameter: Tensor, group: dict[str, Any]) -> Coefficients:
+        """With which a parameter of a group got its newest update."""
+        return self._coefficients(self.state[parameter], group)
+
+    @staticmethod
+    def _coefficients(state: dict[str, Any], group: dict[str, Any]) -> Coefficients:
         (beta1, beta2), rate, updates = group["betas"], group["lr"], float(state["step"])
         return Coefficients(
             mean_share=1 - beta1,

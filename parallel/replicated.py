@@ -47,8 +47,8 @@ class ReplicatedOptimizer:
         matrices = [master for master in self._masters.values() if master.dim() > 1]
         vectors = [master for master in self._masters.values() if master.dim() == 1]
         groups = [(matrices, config.weight_decay), (vectors, 0.0)]
-        self._adam = AdamW([{"params": params, "weight_decay": decay} for params, decay in groups], config)
-        self._adam.start()
+        self.adam = AdamW([{"params": params, "weight_decay": decay} for params, decay in groups], config)
+        self.adam.start()
         weights = ((self._masters[name], parameter) for name, parameter in self._parameters.items())
         self._rounded: dict[Tensor, Tensor] = {
             master: parameter for master, parameter in weights if master is not parameter
@@ -80,9 +80,9 @@ class ReplicatedOptimizer:
         num_replicas = self._mesh.replicas.size()
         norm = agreed_norm(self._norm(), self._dense_sum.device) / num_replicas
         if updated := math.isfinite(norm) and accepts(norm):
-            for group in self._adam.param_groups:
+            for group in self.adam.param_groups:
                 group["lr"] = learning_rate
-            self._adam.step_scaled(clipping(norm, self._config.clip) / num_replicas, self._rounded)
+            self.adam.step_scaled(clipping(norm, self._config.clip) / num_replicas, self._rounded)
         for parameter in self._parameters.values():
             forget_gradient(parameter)
         return norm, updated
@@ -103,7 +103,7 @@ class ReplicatedOptimizer:
             start, whole = global_place(name, tuple(master.shape), self._mesh)
             partition = shape.expert_replicas() if is_expert(name) else shape.replicas()
             is_lowest = any(min(ranks) == rank for ranks in partition)
-            state = self._adam.state[master]
+            state = self.adam.state[master]
             yield OptimizerShard(
                 name,
                 start,
@@ -118,7 +118,7 @@ class ReplicatedOptimizer:
 
     def refresh_weights(self, updates: int) -> None:
         """After writing to the shards: makes the weights those of the masters and sets Adam's count of updates."""
-        self._adam.set_updates(updates)
+        self.adam.set_updates(updates)
         self._write_weights()
 
     @torch.no_grad()

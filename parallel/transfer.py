@@ -7,18 +7,20 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.nn import functional as F
 
+from parallel.clock import Clock
+
 FP8_GROUP = 128
 
 
 class AllToAll:
     """`leaving` rows to each member of a group, `arriving` rows from each; gradients go the other way."""
 
-    def __init__(self, group: dist.ProcessGroup, leaving: Sequence[int], arriving: Sequence[int]) -> None:
-        self._group, self._leaving, self._arriving = group, list(leaving), list(arriving)
+    def __init__(self, group: dist.ProcessGroup, leaving: Sequence[int], arriving: Sequence[int], clock: Clock) -> None:
+        self._group, self._leaving, self._arriving, self._clock = group, list(leaving), list(arriving), clock
 
     def send(self, *tensors: Tensor) -> "TensorsInFlight":
         """Launches the transfer of tensors [rows, ...]."""
-        return TensorsInFlight(self._group, tensors, self._leaving, self._arriving)
+        return TensorsInFlight(self._group, tensors, self._leaving, self._arriving, self._clock)
 
     def send_gradients(self, *gradients: Tensor) -> "TensorsInFlight":
         """Launches the transfer of the gradients of what arrived."""
@@ -26,7 +28,7 @@ class AllToAll:
 
     def reversed(self) -> "AllToAll":
         """The way back."""
-        return AllToAll(self._group, self._arriving, self._leaving)
+        return AllToAll(self._group, self._arriving, self._leaving, self._clock)
 
 
 class Fp8AllToAll(AllToAll):
@@ -43,8 +45,14 @@ class TensorsInFlight:
     """All-to-alls under way."""
 
     def __init__(
-        self, group: dist.ProcessGroup, tensors: Sequence[Tensor], leaving: list[int], arriving: list[int]
+        self,
+        group: dist.ProcessGroup,
+        tensors: Sequence[Tensor],
+        leaving: list[int],
+        arriving: list[int],
+        clock: Clock,
     ) -> None:
+        self._clock = clock
         self._sent = [tensor.contiguous() for tensor in tensors]
         self._arrived = tuple(tensor.new_empty(sum(arriving), *tensor.shape[1:]) for tensor in tensors)
         self._works = [
@@ -54,8 +62,9 @@ class TensorsInFlight:
 
     def wait(self) -> tuple[Tensor, ...]:
         """What arrived, in the order of what was sent."""
-        for work in self._works:
-            work.wait()
+        with self._clock.phase("all_to_all"):
+            for work in self._works:
+                work.wait()
         self._sent.clear()
         return self._arrived
 

@@ -111,11 +111,12 @@ class ZeroOptimizer:
         for name, owned in shared.items():
             module.get_parameter(name).ds_pipe_replicated = not owned  # type: ignore[attr-defined]
         root, groups = _root_and_groups(deepspeed, module, mesh, config, zero)
+        self.adam = AdamW(groups, config)
         # Its bf16 optimizer prints memory figures that nobody asked for.
         with contextlib.redirect_stdout(io.StringIO()):
             self._engine, *_ = deepspeed.initialize(
                 model=root,
-                optimizer=AdamW(groups, config),
+                optimizer=self.adam,
                 mpu=Mpu(mesh),
                 config=settings(config, zero, dtype, micro_batch_size, BUCKET_ELEMENTS),
                 dist_init_required=False,
@@ -439,9 +440,7 @@ def _root_and_groups(
         kind = "matrices" if parameter.dim() > 1 else "vectors"
         members[f"ep_size_{mesh.shape.ep}" if experts_are_apart and is_expert(name) else kind].append(parameter)
     device = next(module.parameters()).device
-    dummies = {
-        kind: nn.Parameter(torch.zeros(2, device=device)) for kind, parameters in members.items() if not parameters
-    }
+    dummies = {kind: nn.Parameter(torch.zeros(2, device=device)) for kind, held in members.items() if not held}
     root["dummies"] = nn.ParameterDict(dummies)
     groups = []
     for kind, parameters in members.items():

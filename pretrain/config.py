@@ -27,6 +27,7 @@ from parallel.schedule import make_schedule
 from parallel.zero import OptimizerConfig
 from pretrain.errors import UserError
 from pretrain.guards import GuardsConfig
+from pretrain.logging_config import LoggingConfig
 from pretrain.timeline import Timeline, TimelineConfig, value_at
 
 Table = dict[str, Any]
@@ -137,31 +138,6 @@ class CheckpointConfig:
             raise ValueError(f"ema = {self.ema} must lie in [0, 1); 0.999 averages about 1000 steps, 0 is no average")
         if self.keep_every and not self.keep:
             raise ValueError(f"keep_every = {self.keep_every} has no effect with keep = 0, which keeps all; remove it")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoggingConfig:
-    """`[logging]`: a line in the log every `every` steps; the load of each expert every `expert_load_every` steps; what
-    rounding to FP8 did every `fp8_every` steps (0: never).
-
-    `peak_tflops` is what one device can do in the run's precision, for `mfu`; 0 takes the known figure of the device.
-    Known are the dense bf16 peaks of a few; in fp32, and on other devices, `mfu` is null without a figure of your own.
-    """
-
-    every: int = 10
-    expert_load_every: int = 10
-    fp8_every: int = 100
-    tensorboard: bool = True
-    peak_tflops: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("every", "expert_load_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1 step")
-        if self.fp8_every < 0:
-            raise ValueError(f"fp8_every = {self.fp8_every} must not be negative; 0 is never")
-        if self.peak_tflops < 0:
-            raise ValueError(f"peak_tflops = {self.peak_tflops} must not be negative; 0 takes the known figure")
 
 
 @dataclass(frozen=True, kw_only=True)

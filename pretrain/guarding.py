@@ -37,6 +37,7 @@ from pretrain.recorder import Recorder
 from pretrain.state import TrainState, resume
 from pretrain.step import StepResult, train_step
 from pretrain.timeline import TimelineValues
+from pretrain.watching import Watches
 
 UNHEALTHY = "unhealthy_hosts"
 
@@ -133,7 +134,7 @@ def guard_of(state: TrainState) -> GuardState:
 
 
 def take_step(
-    run: Assembly, state: TrainState, batch: Batch, values: TimelineValues, *, stop_requested: bool, monitors_fp8: bool
+    run: Assembly, state: TrainState, batch: Batch, values: TimelineValues, *, stop_requested: bool, watches: Watches
 ) -> tuple[TrainState, StepResult, Verdict]:
     """One step as far as the guards accept it, and the state after it, in which they remember it."""
     config, guard = run.config.guards, guard_of(state).of_length(values.seq_len)
@@ -142,7 +143,7 @@ def take_step(
         batch,
         values,
         stop_requested=stop_requested,
-        monitors_fp8=monitors_fp8,
+        watches=watches,
         accepts=partial(is_applied, config, guard),
         watches_gradients=guard.not_finite_in_a_row > 0,
     )
@@ -159,7 +160,7 @@ def tell(
     config, samples = run.config.guards, range(before.position.sample, after.position.sample)
     step = JudgedStep(after.step, samples, result.loss, result.grad_norm, result.faults)
     description = describe(config, guard_of(before), verdict, step)
-    recorder.say(description)
+    recorder.tell("skip" if verdict == "not finite" else "spike", after.step, description)
     if guard_of(after).not_finite_in_a_row >= config.max_skipped_in_a_row:
         raise GuardError(report(config, description))
 

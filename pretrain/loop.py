@@ -1,33 +1,34 @@
 """The training loop: batches in order, a step each, records, checkpoints, and an orderly stop."""
 
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from data.loader import BatchLoader, BatchSpec
 from data.stream import SampleStream
-from model.counts import count_parameters, training_flops_per_token
+from model.counts import count_parameters
 from parallel.heartbeat import Pace, watch_ranks
 from parallel.launch import Place
 from parallel.watchdog import Progress, watch_progress, write_stacks
-from pretrain.assemble import DTYPES, Assembly, assemble, failing_together, open_data, verify_data
+from pretrain.assemble import Assembly, assemble, failing_together, open_data, verify_data
 from pretrain.checkpoints.averages import Averages
 from pretrain.checkpoints.saving import Saver
 from pretrain.config import Config, TrainConfig, dump_config
-from pretrain.errors import SharedError
+from pretrain.errors import GuardError, SharedError
 from pretrain.evaluate import HeldOut, open_held_out
-from pretrain.fp8 import describe_fp8, monitors_fp8
-from pretrain.guarding import check_health, check_replicas, guard_of, roll_back, take_step, tell
+from pretrain.fp8 import describe_fp8
+from pretrain.guarding import check_health, check_replicas, roll_back, take_step, tell
+from pretrain.logging_config import is_due
+from pretrain.meter import Meter
 from pretrain.origin import Origin, write_origin
-from pretrain.recorder import Goal, Recorder, SilentRecorder, max_memory_gib, peak_tflops
+from pretrain.recorder import Goal, Recorder, SilentRecorder
 from pretrain.run_lock import holding_together
 from pretrain.state import TrainState, first_state, open_averages, open_saver, resume, save
-from pretrain.step import StepResult
-from pretrain.timeline import Timeline, TimelineValues
+from pretrain.timeline import Timeline
+from pretrain.trackers import check_trackers
+from pretrain.watching import watches_of
 
 
 @dataclass
@@ -50,6 +51,7 @@ def train(config: Config, place: Place, origin: Origin | None = None) -> bool:
     # A launcher that sees the loss of a rank sends SIGTERM; what is waited for then is the name of that rank.
     with catch_stop_signals() as stop, watch_ranks(place, pace, before_end), holding_together(config.run.folder, place):
         with failing_together():
+            check_trackers(config.logging)
             stream = open_data(config)
             held_out = open_held_out(config) if config.train.validate_every else None
         if config.data.verify:
@@ -85,7 +87,7 @@ def _train_from(
     with failing_together():
         recorder = _open_recorder(run, state)
     with recorder:
-        recorder.say(_describe_start(run, state))
+        recorder.tell("resume" if state.step else "start", state.step, _describe_start(run, state))
         if run.config.precision.fp8 != "off":
             recorder.say(describe_fp8(run.config, run.model.execution.fp8.config))
         return _loop(run, state, held_out, recorder, stop, progress)
@@ -101,18 +103,15 @@ def _loop(
 ) -> _Ended:
     saver, averages = open_saver(run), open_averages(run, state)
     saved_step = state.step if state.step else None
-    train_config = run.config.train
-    meter = _Meter(run)
+    train_config, meter = run.config.train, Meter(run)
     with _open_batches(run, state) as batches:
+        meter.restart(state.step + 1)
         for batch in batches:
+            run.executor.clock.switch("other")
             values, before = run.timeline.at(state.tokens), state
+            watches = watches_of(run.config, state.step + 1)
             state, result, verdict = take_step(
-                run,
-                state,
-                batch,
-                values,
-                stop_requested=stop.requested,
-                monitors_fp8=monitors_fp8(run.config, state.step + 1),
+                run, state, batch, values, stop_requested=stop.requested, watches=watches
             )
             if averages and not result.skipped:
                 averages.update()
@@ -126,27 +125,31 @@ def _loop(
             if verdict != "fine":
                 tell(run, recorder, before, state, verdict, result)
             if verdict == "spike" and run.config.guards.on_spike == "rollback":
+                recorder.note("rollback", state.step, "back to the newest checkpoint, without the samples up to here")
                 with suppress(SharedError):
                     saver.finish()
                 return _Ended(state, rolls_back=True)
-            if _is_due(state.step, run.config.checkpoint.every):
-                _save(run, state, saver, averages)
+            if is_due(state.step, run.config.checkpoint.every):
+                with meter.saving():
+                    _save(run, state, saver, averages, recorder)
                 saved_step = state.step
-            elif _is_due(state.step, run.config.guards.check_replicas_every):
-                check_replicas(run, state.step)
+            elif is_due(state.step, run.config.guards.check_replicas_every):
+                _check_replicas(run, state, recorder)
             _tell_of_saves(saver, recorder)
             progress.made()
-            meter.restart()
+            meter.restart(state.step + 1)
             if result.stop_requested:
                 break
     if saved_step != state.step:
-        _save(run, state, saver, averages)
+        _save(run, state, saver, averages, recorder)
     try:
         saver.finish()
     finally:
         _tell_of_saves(saver, recorder)
-    finished = train_config.is_end(state.step, state.tokens)
-    recorder.say("finished" if finished else "stopped as asked; the same command goes on from here")
+    if train_config.is_end(state.step, state.tokens):
+        recorder.tell("finish", state.step, "finished")
+    else:
+        recorder.tell("stop", state.step, "stopped as asked; the same command goes on from here")
     return _Ended(state)
 
 
@@ -193,70 +196,24 @@ def catch_stop_signals() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-class _Meter:
-    """Turns steps into metrics, with the time since `restart`."""
-
-    def __init__(self, run: Assembly) -> None:
-        self._run = run
-        self._peak = peak_tflops(run.config.logging, run.place.device, DTYPES[run.config.precision.dtype])
-        self._flops_per_token: dict[int, float] = {}
-        self.restart()
-
-    def restart(self) -> None:
-        self._began = time.perf_counter()
-
-    def measure(self, state: TrainState, values: TimelineValues, result: StepResult) -> dict[str, Any]:
-        seconds = time.perf_counter() - self._began
-        model = self._run.config.model
-        if values.seq_len not in self._flops_per_token:
-            self._flops_per_token[values.seq_len] = training_flops_per_token(model, values.seq_len)
-        tokens_per_s = values.batch_size * values.seq_len / seconds
-        tflops = tokens_per_s * self._flops_per_token[values.seq_len] / self._run.place.world_size / 1e12
-        load = result.load.double()
-        metrics: dict[str, Any] = {
-            "step": state.step,
-            "tokens": state.tokens,
-            "loss": result.loss,
-            "lm_loss": result.lm_loss,
-            "mtp_loss": result.mtp_loss,
-            "balance_loss": result.balance_loss,
-            "lr": values.learning_rate,
-            "bias_update_speed": values.bias_update_speed,
-            "mtp_weight": values.mtp_weight,
-            "batch_size": values.batch_size,
-            "world_size": self._run.place.world_size,
-            "seq_len": values.seq_len,
-            "grad_norm": result.grad_norm,
-            "step_time_s": seconds,
-            "tokens_per_s": tokens_per_s,
-            "tflops_per_gpu": tflops,
-            "mfu": tflops / self._peak if self._peak else None,
-            "max_memory_gib": max_memory_gib(self._run.place.device),
-            "load_max_violation": float((load.amax(-1) / load.mean(-1) - 1).max()) if len(load) else 0.0,
-            "dead_experts": int((load == 0).sum()),
-            "data_position": state.position.sample,
-            "skipped": state.skipped,
-            "spikes": guard_of(state).spikes,
-        }
-        metrics.update(result.fp8)
-        if state.step % self._run.config.logging.expert_load_every == 0:
-            layers = map(str, model.moe_layers)
-            metrics["expert_load"] = dict(zip(layers, result.load.tolist(), strict=True))
-        return metrics
-
-
-def _is_due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
-
-
-def _save(run: Assembly, state: TrainState, saver: Saver, averages: Averages | None) -> None:
+def _save(run: Assembly, state: TrainState, saver: Saver, averages: Averages | None, recorder: Recorder) -> None:
     if run.config.guards.check_replicas_every:
-        check_replicas(run, state.step)
+        _check_replicas(run, state, recorder)
     save(run, state, saver, averages)
+
+
+def _check_replicas(run: Assembly, state: TrainState, recorder: Recorder) -> None:
+    try:
+        check_replicas(run, state.step)
+    except GuardError as error:
+        recorder.note("unequal", state.step, str(error))
+        raise
 
 
 def _tell_of_saves(saver: Saver, recorder: Recorder) -> None:
     for news in saver.news():
+        if news.step is not None:
+            recorder.note("save_failed" if news.is_failure else "save", news.step, news.line)
         recorder.say(news.line, to_screen=news.is_failure)
 
 

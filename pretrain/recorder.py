@@ -1,24 +1,28 @@
-"""What a run tells: `metrics.jsonl`, TensorBoard, `log.txt`, a progress line. Only the first process tells anything."""
+"""What a run tells: `metrics.jsonl`, `events.jsonl`, `log.txt`, a progress line, and trackers such as TensorBoard. Only
+the first process tells anything."""
 
 import json
 import math
-import os
 import re
 import resource
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 
 from data.shards import write_atomically
-from pretrain.config import LoggingConfig
+from pretrain.logging_config import LoggingConfig
+from pretrain.trackers import Tracker, open_trackers, scalars_of
 
-METRICS = "metrics.jsonl"
+METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 Metrics = Mapping[str, Any]
+EventKind = Literal["start", "resume", "finish", "stop", "skip", "spike", "rollback", "save", "save_failed", "unequal"]
 
 # Dense bf16 peaks in TFLOP/s by the vendor's datasheets. PCIe and NVL boards of the H100 and H200, and parts of a
 # divided GPU, are slower.
@@ -35,20 +39,27 @@ class Goal(NamedTuple):
 
 class Recorder:
     """Writes the records of a run that goes on after `step` steps; the metrics of later steps are dropped, as they will
-    be computed again."""
+    be computed again. Events stay: they happened. Raises UserError where a tracker cannot begin."""
 
     def __init__(self, folder: Path, config: LoggingConfig, *, step: int, goal: Goal) -> None:
         self._config = config
         folder.mkdir(parents=True, exist_ok=True)
         drop_later_metrics(folder / METRICS, step)
+        end_line(folder / EVENTS)
         self._open = ExitStack()
         self._metrics = self._open.enter_context(open(folder / METRICS, "a", encoding="utf-8"))
+        self._events = self._open.enter_context(open(folder / EVENTS, "a", encoding="utf-8"))
         self._log = self._open.enter_context(open(folder / "log.txt", "a", encoding="utf-8"))
-        self._board = _open_board(folder, step) if config.tensorboard else None
-        self._progress = _ProgressLine(goal) if sys.stderr.isatty() else None
-        if self._board:
-            self._open.callback(self._board.close)
-        if self._progress:
+        self._trackers: dict[str, Tracker] = {}
+        self._progress: _ProgressLine | None = None
+        with ExitStack() as opened:
+            opened.push(self._open)
+            for name, tracker in open_trackers(folder, config, step):
+                self._trackers[name] = tracker
+                self._open.callback(self._use, name, tracker.close)
+            opened.pop_all()
+        if sys.stderr.isatty():
+            self._progress = _ProgressLine(goal)
             self._open.callback(self._progress.stop)
 
     def __enter__(self) -> Self:
@@ -61,12 +72,11 @@ class Recorder:
 
     def record(self, metrics: Metrics) -> None:
         """One step. Numbers that are not finite are written as null."""
-        self._metrics.write(json.dumps(_finite(metrics)) + "\n")
+        self._metrics.write(json.dumps(_finite(dict(metrics))) + "\n")
         self._metrics.flush()
-        if self._board:
-            for key, value in metrics.items():
-                if isinstance(value, int | float) and key != "step":
-                    self._board.add_scalar(key, value, metrics["step"])
+        scalars = dict(scalars_of(metrics)) if self._trackers else {}
+        for name, tracker in list(self._trackers.items()):
+            self._use(name, partial(tracker.write, metrics["step"], scalars))
         line = describe_step(metrics)
         if self._progress:
             self._progress.update(metrics, line)
@@ -82,6 +92,28 @@ class Recorder:
         elif to_screen:
             print(line, file=sys.stderr, flush=True)
 
+    def tell(self, kind: EventKind, step: int, text: str, *, to_screen: bool = True) -> None:
+        """A line that is an event too."""
+        self.note(kind, step, text)
+        self.say(text, to_screen=to_screen)
+
+    def note(self, kind: EventKind, step: int, text: str) -> None:
+        """An event alone."""
+        event = {"time": time.time(), "step": step, "kind": kind, "text": text}
+        self._events.write(json.dumps(event) + "\n")
+        self._events.flush()
+
+    def _use(self, name: str, what: Callable[[], None]) -> None:
+        """Whatever a tracker raises: it is the last time that it is used."""
+        if name not in self._trackers:
+            return
+        try:
+            what()
+        except Exception as error:
+            del self._trackers[name]
+            line = " ".join(str(error).split()) or type(error).__name__
+            self.say(f"{name} failed and gets no more numbers; metrics.jsonl has all of them: {line}")
+
 
 class SilentRecorder(Recorder):
     """The recorder of all other processes."""
@@ -96,6 +128,9 @@ class SilentRecorder(Recorder):
         """Nothing."""
 
     def say(self, line: str, *, to_screen: bool = True) -> None:
+        """Nothing."""
+
+    def note(self, kind: EventKind, step: int, text: str) -> None:
         """Nothing."""
 
 
@@ -152,6 +187,13 @@ def drop_later_metrics(path: Path, step: int) -> None:
     write_atomically(path, b"".join(kept))
 
 
+def end_line(path: Path) -> None:
+    """Ends a last line that was torn, so that the next is one of its own."""
+    if path.is_file() and (text := path.read_bytes()) and not text.endswith(b"\n"):
+        with open(path, "ab") as file:
+            file.write(b"\n")
+
+
 def peak_tflops(config: LoggingConfig, device: torch.device, dtype: torch.dtype) -> float | None:
     """What one device can do in a dtype, None where nobody knows."""
     if config.peak_tflops:
@@ -169,15 +211,9 @@ def max_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def _finite(metrics: Metrics) -> dict[str, Any]:
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in metrics.items()
-    }
-
-
-def _open_board(folder: Path, step: int) -> Any:
-    # Without this, an installed TensorFlow would be imported, with all it prints.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list) else value

@@ -3,18 +3,22 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from data.loader import Batch
 from model.router import update_bias
-from parallel.chunk import LossWeights, MicroBatch
+from parallel.chunk import LossWeights, MicroBatch, Outcome
 from parallel.faults import Fault, GradientWatch, gather_faults
 from parallel.launch import sum_over_processes
+from parallel.optimizer import clipping
+from parallel.parts import PartsWatch
 from parallel.precision import end_fp8_step, fp8_metrics
 from pretrain.assemble import Assembly
 from pretrain.timeline import TimelineValues
+from pretrain.watching import NOTHING, Watches, own_numbers, seen_metrics
 
 
 @dataclass(frozen=True)
@@ -23,8 +27,8 @@ class StepResult:
 
     `loss` is lm_loss + mtp_weight · mtp_loss + aux_loss_alpha · balance_loss; `load` [MoE layers, E] counts tokens;
     `skipped` says that nothing was changed, because loss or gradient were not finite or not accepted; `faults` are the
-    ranks where something was not finite first; `stop_requested` says that a rank was asked to stop; `fp8` are the
-    metrics of `fp8_metrics`, if the step was watched.
+    ranks where something was not finite first; `stop_requested` says that a rank was asked to stop; `seen` are the
+    metrics of what was watched.
     """
 
     loss: float
@@ -36,7 +40,7 @@ class StepResult:
     skipped: bool
     stop_requested: bool
     faults: tuple[Fault, ...] = ()
-    fp8: Mapping[str, float] = field(default_factory=dict)
+    seen: Mapping[str, Any] = field(default_factory=dict)
 
 
 def are_finite(loss: float, norm: float) -> bool:
@@ -50,30 +54,39 @@ def train_step(
     values: TimelineValues,
     *,
     stop_requested: bool,
-    monitors_fp8: bool = False,
+    watches: Watches = NOTHING,
     accepts: Callable[[float, float], bool] = are_finite,
     watches_gradients: bool = False,
 ) -> StepResult:
     """Runs one step over this rank's part of a batch. It changes weights only if `accepts`, asked with the loss and the
-    gradient norm, the same on every rank, says yes. With `monitors_fp8`, watches what is rounded; with
-    `watches_gradients`, looks for faults in this rank's own gradients too, not only in its losses."""
-    monitor = run.model.execution.fp8.monitor
-    monitor.active = monitors_fp8
+    gradient norm, the same on every rank, says yes. `watches` is what to look at beside; with `watches_gradients`,
+    looks for faults in this rank's own gradients too, not only in its losses."""
+    monitor, clock = run.model.execution.fp8.monitor, run.executor.clock
+    monitor.active = watches.fp8
     with GradientWatch(run.model, active=watches_gradients) as watch:
-        sums, load = _accumulate_gradients(run, batch, values)
-    fp8 = fp8_metrics(run.model.execution.fp8, run.mesh, run.place.device) if monitors_fp8 else {}
-    totals = torch.cat((sums, sums.new_tensor([stop_requested]), load.flatten().to(sums.dtype)))
-    totals = sum_over_processes(totals).cpu()
-    lm_loss, mtp_loss, balance_loss, stops = totals[:4].tolist()
-    total_load = totals[4:].view(load.shape)
+        outcome, numbers = _accumulate_gradients(run, batch, values)
+    seen: dict[str, Any] = {}
+    if watches.fp8:
+        seen |= fp8_metrics(run.model.execution.fp8, run.mesh, run.place.device)
+    numbers |= {"stops": numbers["losses"].new_tensor([stop_requested]), **own_numbers(run, outcome, watches)}
+    totals = _sum_all(numbers)
+    clock.align()
+    lm_loss, mtp_loss, balance_loss = totals["losses"].tolist()
+    load = totals["load"].view(len(run.config.model.moe_layers), -1)
     loss = lm_loss + values.mtp_weight * mtp_loss + run.config.model.aux_loss_alpha * balance_loss
 
-    grad_norm, updated = run.optimizer.step(values.learning_rate, lambda norm: accepts(loss, norm))
+    parts = PartsWatch(run.optimizer, run.config.model, run.place.device, active=watches.parts)
+    with parts.watching():
+        grad_norm, updated = run.optimizer.step(values.learning_rate, lambda norm: accepts(loss, norm))
     end_fp8_step(run.model, run.mesh, updated=updated)
     if updated:
         for layer, bias in run.model.expert_biases().items():
-            layer_load = total_load[run.config.model.moe_layers.index(layer)]
+            layer_load = load[run.config.model.moe_layers.index(layer)]
             update_bias(bias, layer_load.to(bias.device), values.bias_update_speed)
+    clock.switch("other")
+    seen |= seen_metrics(totals, load, run.config.model.moe_layers)
+    if watches.parts and updated:
+        seen["parts"] = parts.metrics(clipping(grad_norm, run.config.optimizer.clip))
     faulty = not updated and not are_finite(loss, grad_norm)
     return StepResult(
         loss=loss,
@@ -81,18 +94,28 @@ def train_step(
         mtp_loss=mtp_loss,
         balance_loss=balance_loss,
         grad_norm=grad_norm if math.isfinite(grad_norm) else math.nan,
-        load=total_load.to(torch.int64),
+        load=load.to(torch.int64),
         skipped=not updated,
-        stop_requested=stops > 0,
-        faults=tuple(gather_faults(run.place.rank, sums, watch)) if faulty else (),
-        fp8=fp8,
+        stop_requested=bool(totals["stops"] > 0),
+        faults=tuple(gather_faults(run.place.rank, numbers["losses"], watch)) if faulty else (),
+        seen=seen,
     )
 
 
-def _accumulate_gradients(run: Assembly, batch: Batch, values: TimelineValues) -> tuple[Tensor, Tensor]:
-    """Adds up the gradient of the mean loss over the micro-batches of this rank's pipeline. Returns this rank's share
-    of the global mean losses [3] in fp64, and the tokens that it sent to experts, [MoE layers, E]."""
+def _sum_all(numbers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The sum over ranks of each of some fp64 vectors, on the host, in one collective."""
+    sums = sum_over_processes(torch.cat(list(numbers.values()))).cpu()
+    return dict(zip(numbers, sums.split([len(vector) for vector in numbers.values()]), strict=True))
+
+
+def _accumulate_gradients(run: Assembly, batch: Batch, values: TimelineValues) -> tuple[Outcome, dict[str, Tensor]]:
+    """Adds up the gradient of the mean loss over the micro-batches of this rank's pipeline. Returns what the passes
+    left behind and, in fp64, this rank's share of the global mean `losses` [3] and the `load`, the tokens that it sent
+    to experts, [MoE layers · E]."""
+    clock = run.executor.clock
+    clock.switch("data")
     micro_batches = _micro_batches(run, batch)
+    clock.switch("other")
     model, shape = run.config.model, run.mesh.shape
     # In both directions of a bidirectional pipeline half of them pass, and optimizers take the mean over directions.
     each = (2 if shape.bidirectional else 1) / len(micro_batches)
@@ -101,10 +124,12 @@ def _accumulate_gradients(run: Assembly, batch: Batch, values: TimelineValues) -
     run.model.execution.fp8.gradient_unit = each * shape.cp
     with run.optimizer.accumulating():
         outcome = run.executor.train(micro_batches, weights)
+        clock.switch("optimizer")
     load = torch.zeros(len(model.moe_layers), model.n_routed_experts, dtype=torch.int64, device=run.place.device)
     for layer, counts in outcome.load.items():
         load[model.moe_layers.index(layer)] = counts
-    return outcome.losses / (len(micro_batches) * shape.batch_ranks), load
+    losses = outcome.losses / (len(micro_batches) * shape.batch_ranks)
+    return outcome, {"losses": losses, "load": load.flatten().to(losses.dtype)}
 
 
 def _micro_batches(run: Assembly, batch: Batch) -> list[MicroBatch]:

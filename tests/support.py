@@ -21,6 +21,8 @@ from model.config import ModelConfig
 
 PROJECT = Path(__file__).parent.parent
 RANKS_TIMEOUT_S = 120
+# Metrics that differ between two runs of the same.
+TIMINGS = {"step_time_s", "tokens_per_s", "tflops_per_gpu", "max_memory_gib", "time", "phases", "ranks"}
 
 
 SMALL_RUN = """

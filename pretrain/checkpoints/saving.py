@@ -46,10 +46,11 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class News:
-    """A line for the log."""
+    """A line for the log; `step` is that of the checkpoint, if it tells how saving that ended."""
 
     line: str
     is_failure: bool = False
+    step: int | None = None
 
 
 class Saver:
@@ -137,10 +138,10 @@ class Saver:
     def _fail(self, step: int, error: str) -> None:
         self.failed += 1
         self._error = f"the checkpoint of step {step:,} could not be saved: {error}"
-        self._news.append(News(f"{self._error}; older ones stay", is_failure=True))
+        self._news.append(News(f"{self._error}; older ones stay", is_failure=True, step=step))
 
     def _tell_saved(self, step: int, how: str) -> None:
-        self._news.append(News(f"saved step {step:,} {how}"))
+        self._news.append(News(f"saved step {step:,} {how}", step=step))
 
     def _remove_old(self) -> None:
         error = _try(lambda: remove_old_checkpoints(self._run_folder, self._keep, self._keep_every))

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import PROJECT, finish, read_metrics, start_training, write_run
-
-TIMINGS = {"step_time_s", "tokens_per_s", "tflops_per_gpu", "max_memory_gib"}
+from support import PROJECT, TIMINGS, finish, read_metrics, start_training, write_run
 
 
 def start(a: Path, b: Path, out: Path, *more: object, processes: int = 1) -> subprocess.Popen[str]:

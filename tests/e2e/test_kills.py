@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import read_metrics, write_run
+from support import TIMINGS, read_metrics, write_run
 
 from parallel.launch import Place, join_processes
 from parallel.zero import load_deepspeed
@@ -26,7 +26,6 @@ from pretrain.loop import train
 KILLS = int(os.environ.get("EVA_KILLS", "20"))
 MOST_STEPS_EACH = 2
 STEPS = 5 * max(KILLS, 5)
-TIMINGS = {"step_time_s", "tokens_per_s", "tflops_per_gpu", "max_memory_gib"}
 
 
 def rank_main(rank: int, port: int, config_file: Path, overrides: list[str], output: Path) -> None:

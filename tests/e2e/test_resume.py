@@ -8,11 +8,9 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from support import finish, read_metrics, start_training, write_run
+from support import TIMINGS, finish, read_metrics, start_training, write_run
 
 from pretrain.checkpoints.checkpoint import CheckpointReader, step_folder
-
-TIMINGS = {"step_time_s", "tokens_per_s", "tflops_per_gpu", "max_memory_gib"}
 
 
 def without_timings(run: Path) -> list[dict[str, object]]:

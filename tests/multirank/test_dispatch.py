@@ -11,6 +11,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from model.experts import RoutedRows
+from parallel.clock import Clock
 from parallel.dispatch import Dispatcher, make_dispatcher
 from parallel.mesh import MeshShape, make_mesh
 from parallel.tape import Tape, run_to_end
@@ -30,7 +31,9 @@ def choices(rank: int, skew: bool) -> Tensor:
 def travel(rank: int, node_size: int, max_rows: int, fp8: bool, skew: bool) -> dict[str, Any]:
     """Experts multiply by their number + 1, so that what should come back is known."""
     mesh = make_mesh(MeshShape(world_size=WORLD, ep=WORLD, node_size=node_size))
-    dispatcher: Dispatcher = make_dispatcher(mesh, NUM_EXPERTS, max_rows=max_rows, fp8=fp8)
+    dispatcher: Dispatcher = make_dispatcher(
+        mesh, NUM_EXPERTS, max_rows=max_rows, fp8=fp8, clock=Clock(torch.device("cpu"))
+    )
     arrived: list[int] = []
     sent: list[tuple[int, ...]] = []
     send = AllToAll.send
@@ -47,7 +50,10 @@ def travel(rank: int, node_size: int, max_rows: int, fp8: bool, skew: bool) -> d
     weights = torch.rand(TOKENS, 3, generator=generator).requires_grad_()
     chosen = choices(rank, skew)
     tape = Tape()
-    (out,) = tape.cut(run_to_end(dispatcher.run(tape, RoutedRows(x, chosen, weights), experts, experts)))
+    counted: list[tuple[int, int]] = []
+    routed = RoutedRows(x, chosen, weights)
+    (out,) = tape.cut(run_to_end(dispatcher.run(tape, routed, experts, experts, lambda *seen: counted.append(seen))))
+    assert counted == [(sum(arrived), len(arrived))]
     forward_rows, forward_sends = list(arrived), len(sent)
     out.grad = torch.ones_like(out)
     run_to_end(tape.backward())
@@ -55,6 +61,7 @@ def travel(rank: int, node_size: int, max_rows: int, fp8: bool, skew: bool) -> d
     seen = dequantise_rows(*quantise_rows(x.detach()), WIDTH) if fp8 else x.detach()
     torch.testing.assert_close(out.detach(), seen * factors)
     torch.testing.assert_close(x.grad, factors.expand_as(x))
+    assert len(counted) == 1, "the backward pass counts again"
     torch.testing.assert_close(weights.grad, seen.sum(1, keepdim=True) * (chosen + 1))
     dist.barrier()
     return {"arrived": forward_rows, "all_arrived": arrived, "sent": sent[:forward_sends], "chosen": chosen.numpy()}

@@ -28,6 +28,7 @@ from pretrain.config import load_config
 from pretrain.loop import plan_batches
 from pretrain.state import first_state, resume, save
 from pretrain.step import train_step
+from pretrain.watching import Watches
 
 MODEL = {
     "hidden_size": 48,
@@ -73,9 +74,9 @@ def train_rank(rank: int, path: Path, world_size: int, overrides: tuple[str, ...
     with BatchLoader(run.stream, specs, dp_rank=shape.dp_rank(rank), dp_size=shape.dp) as batches:
         for batch in itertools.islice(batches, end - begin):
             values = run.timeline.at(state.tokens)
-            result = train_step(run, batch, values, stop_requested=False, monitors_fp8=True)
+            result = train_step(run, batch, values, stop_requested=False, watches=Watches(fp8=True))
             steps.append((result.loss, result.lm_loss, result.grad_norm))
-            monitored.append(dict(result.fp8))
+            monitored.append(dict(result.seen))
             state = state.after(batch.spec.batch_size, skipped=result.skipped)
     save(run, state)
     return {

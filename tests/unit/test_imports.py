@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "pretrain": {
         "parallel", "model", "data",
         "numpy", "torch", "safetensors", "pydantic", "rich", "tomli_w", "matplotlib",
-        "sentencepiece", "tokenizers", "xxhash",
+        "sentencepiece", "tokenizers", "xxhash", "wandb", "mlflow",
     },
 }  # fmt: skip
 UNPICKLING = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
