@@ -8,11 +8,12 @@ from functools import partial
 
 from data.loader import BatchLoader, BatchSpec
 from data.stream import SampleStream
+from model.attention import attention_kernel
 from model.counts import count_parameters
 from parallel.heartbeat import Pace, watch_ranks
 from parallel.launch import Place
 from parallel.watchdog import Progress, watch_progress, write_stacks
-from pretrain.assemble import Assembly, assemble, failing_together, open_data, verify_data
+from pretrain.assemble import DTYPES, Assembly, assemble, failing_together, open_data, verify_data
 from pretrain.checkpoints.averages import Averages
 from pretrain.checkpoints.saving import Saver
 from pretrain.config import Config, TrainConfig, dump_config
@@ -88,6 +89,8 @@ def _train_from(
         recorder = _open_recorder(run, state)
     with recorder:
         recorder.tell("resume" if state.step else "start", state.step, _describe_start(run, state))
+        if run.place.device.type == "cuda":
+            recorder.say(_describe_attention(run, state))
         if run.config.precision.fp8 != "off":
             recorder.say(describe_fp8(run.config, run.model.execution.fp8.config))
         return _loop(run, state, held_out, recorder, stop, progress)
@@ -232,3 +235,12 @@ def _describe_start(run: Assembly, state: TrainState) -> str:
     begin = f"resumed after step {state.step:,}" if state.step else "started"
     processes = f"{run.place.world_size} process" + ("es" if run.place.world_size > 1 else "")
     return f"{begin}: {run.folder}, {parameters:,} parameters, {processes} on {run.place.device.type}"
+
+
+def _describe_attention(run: Assembly, state: TrainState) -> str:
+    """Says so where the scores of all pairs of positions are kept, which no plan counts on."""
+    model, masked = run.config.model, not run.config.data.cross_document_attention
+    # Longer sequences are attended by the same kernel, and need not be tried.
+    seq_len, dtype = min(run.timeline.at(state.tokens).seq_len, 4096), DTYPES[run.config.precision.dtype]
+    kernel = attention_kernel(model, seq_len, device=run.place.device, dtype=dtype, masked=masked)
+    return f"attention: {kernel}" + (", slow and with all scores in memory" if kernel == "math" else "")
