@@ -16,8 +16,8 @@ Number = TypeVar("Number", int, float)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status: 0 done, 2 a mistake of the user's, 3 a gap that is not within its
-    limit, 75 stopped early with a checkpoint written, 76 another rank was lost or none made progress, 77 a host is
-    unhealthy, 78 stopped by a guard, 130 interrupted without a checkpoint."""
+    limit or a rehearsal that failed, 75 stopped early with a checkpoint written, 76 another rank was lost or none made
+    progress, 77 a host is unhealthy, 78 stopped by a guard, 130 interrupted without a checkpoint."""
     arguments = build_parser().parse_args(argv)
     from data.errors import DataError
     from parallel.launch import LaunchError
@@ -60,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train_and_plan(commands)
+    _add_rehearse(commands)
     _add_compare(commands)
     _add_exchange(commands)
     _add_inference(commands)
@@ -107,6 +108,31 @@ def _add_report_and_watch(commands: "argparse._SubParsersAction[argparse.Argumen
     )
     watch.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
     watch.add_argument("--once", action="store_true", help="print one picture and end")
+
+
+def _add_rehearse(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    rehearse = _add(
+        commands,
+        "rehearse",
+        "a run in small on this machine's CPU, through every boundary of its timeline",
+        "python -m pretrain rehearse configs/dsv3_671b.toml",
+    )
+    rehearse.description = (
+        "Trains the same layers, stages, timeline and data path with small widths and few tokens, on CPU. At every "
+        "boundary of the timeline it saves, ends its processes and goes on in new ones; each step is compared with "
+        "the run's own timeline."
+    )
+    rehearse.epilog = (
+        f"exit status: 0 if all is as the timeline says; 3 if not; 2 if it cannot be rehearsed. {rehearse.epilog}"
+    )
+    _add_config(rehearse)
+    rehearse.add_argument("--out", type=Path, metavar="DIR", help="where all of it goes (default: runs/rehearse-NAME)")
+    rehearse.add_argument(
+        "--processes", type=_whole(1), default=16, metavar="N", help="at most, about 0.5 GB each (default: 16)"
+    )
+    rehearse.add_argument(
+        "--steps", type=_whole(2), default=2, metavar="N", help="at least, between two boundaries (default: 2)"
+    )
 
 
 def _add_compare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

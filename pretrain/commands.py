@@ -39,6 +39,14 @@ def plan(arguments: Namespace) -> int:
     return DONE
 
 
+def rehearse(arguments: Namespace) -> int:
+    """`rehearse CONFIG`."""
+    from pretrain.rehearsal.rehearse import rehearse as run
+
+    config = load_config(arguments.config, arguments.set)
+    return run(config, out=arguments.out, processes=arguments.processes, steps=arguments.steps)
+
+
 def compare(arguments: Namespace) -> int:
     """`compare A B`."""
     from pretrain.compare import plan_comparison, report_gap, report_together, train_runs

@@ -1,0 +1,1 @@
+"""A run in small, before it is made in large."""
