@@ -48,7 +48,7 @@ summary { cursor: pointer; color: var(--faint); }
   border-radius: 10px; padding: 10px 16px; overflow-wrap: anywhere; }
 .findings li.bad { border-left-color: var(--bad); }
 .findings li.odd { border-left-color: var(--odd); }
-.findings b { margin-right: 8px; }
+.findings b { margin-right: 4px; }
 .bad b { color: var(--bad); }
 .odd b { color: var(--odd); }
 .scroll { overflow-x: auto; }
@@ -58,7 +58,8 @@ caption { text-align: left; color: var(--faint); padding: 6px 0; }
 th, td { padding: 3px 12px 3px 0; text-align: right; vertical-align: top; }
 th { font-weight: 600; border-bottom: 1px solid var(--grid); }
 th:first-child, td:first-child, .words th, .words td { text-align: left; }
-.words td { max-width: 34em; overflow-wrap: break-word; }
+.words td { min-width: 5em; max-width: 34em; overflow-wrap: break-word; }
+.words td:last-child { min-width: 12em; }
 .words td:first-child { white-space: nowrap; }
 .maps { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(min(46%, 250px), 1fr)); }
 .maps.large { grid-template-columns: repeat(auto-fill, minmax(min(100%, 500px), 1fr)); }
@@ -200,7 +201,7 @@ def _notice(notice: Notice) -> str:
     if not (notice.is_bad or notice.is_odd):
         return f"<li>{escape(notice.text)}</li>\n"
     css_class, word = ("bad", "✖ Problem") if notice.is_bad else ("odd", "▲ Notice")
-    return f'<li class="{css_class}"><b>{word}</b>{escape(notice.text)}</li>\n'
+    return f'<li class="{css_class}"><b>{word}</b> {escape(notice.text)}</li>\n'
 
 
 def _section(card: Card) -> str:

@@ -22,7 +22,7 @@ from pretrain.units import short
 
 MAX_POINTS = 500
 # Inches of 72 units; a phone shows a unit as about a pixel.
-_WIDTH, _PANEL_HEIGHT, _MARGIN = 4.7, 1.65, 0.55
+_WIDTH, _PANEL_HEIGHT, _MARGIN = 4.3, 1.6, 0.55
 _LEGEND_COLUMNS, _LEGEND_ROW = 3, 0.21
 
 # Placeholders, and what the style sheet calls them.

@@ -193,7 +193,8 @@ def _difference(runs: Runs) -> Card:
         lines.append(Line(f"{name}, averaged", _averaged(difference)))
         facts.append((f"{name}, last fifth", _gap(runs.records[0], record, difference)))
     title = f"nats a token less those of {runs.names[0]}"
-    return Card("Difference of the losses", picture(runs.tokens, [Panel(title, lines, limit=(0.0, "equal"))]), facts)
+    shown = picture(runs.tokens, [Panel(title, lines, limit=(0.0, "equal"))])
+    return Card("Difference of the losses", shown or "<p></p>", facts)
 
 
 def _averaged(values: Column) -> Column:
