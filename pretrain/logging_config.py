@@ -42,8 +42,8 @@ class LoggingConfig:
         for name in _NEVER_IS_ZERO:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)} must not be negative; 0 is never")
-        if not self.project.strip() or "/" in self.project:
-            raise ValueError(f"project = {self.project!r} must be a plain name, such as 'eva'")
+        if not self.project.strip() or set(self.project) & set("/\\#?%:"):
+            raise ValueError(f"project = {self.project!r} must be a name without any of / \\ # ? % :, such as 'eva'")
         if self.peak_tflops < 0:
             raise ValueError(f"peak_tflops = {self.peak_tflops} must not be negative; 0 takes the known figure")
 

@@ -21,7 +21,10 @@ from pretrain.errors import UserError
 from pretrain.logging_config import LoggingConfig
 
 IDS = "trackers.json"
-_OPTIONAL = ("wandb", "mlflow")
+_REMEDIES = {
+    "wandb": "run `wandb login`, or set WANDB_MODE=offline to keep its files in the run's folder",
+    "mlflow": "look at MLFLOW_TRACKING_URI, which says where numbers go",
+}
 _METRICS_AT_ONCE, _MOST_PENDING = 1000, 100
 _MAX_ID = 128
 
@@ -38,7 +41,7 @@ class Tracker(Protocol):
 
 def check_trackers(config: LoggingConfig) -> None:
     """Raises UserError for a tracker that is asked for and not installed."""
-    for name in _OPTIONAL:
+    for name in _REMEDIES:
         if getattr(config, name) and importlib.util.find_spec(name) is None:
             raise UserError(
                 f"logging.{name} = true needs the package {name}, which is not installed; run `pip install {name}`, or "
@@ -56,7 +59,10 @@ def open_trackers(folder: Path, config: LoggingConfig, step: int) -> Iterator[tu
                 yield name, make(folder, config.project)
             except Exception as error:
                 line = " ".join(str(error).split()) or type(error).__name__
-                raise UserError(f"logging.{name} = true, but it cannot begin: {line}; set it up, or to false") from None
+                raise UserError(
+                    f"logging.{name} = true, but it cannot begin: {line}; {_REMEDIES[name]}, or set logging.{name} = "
+                    "false"
+                ) from None
 
 
 def scalars_of(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

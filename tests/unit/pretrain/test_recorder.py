@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import pretrain.recorder
 from pretrain.config import LoggingConfig
 from pretrain.recorder import Goal, Recorder, drop_later_metrics, peak_tflops
 
@@ -53,6 +54,42 @@ def test_log_and_tensorboard_exist(tmp_path: Path, capsys) -> None:
     assert (tmp_path / "log.txt").read_text().count("step") == 3
     assert list((tmp_path / "tensorboard").iterdir())
     assert "loss 1.2500" in capsys.readouterr().err
+
+
+def test_events_stay_after_a_resume(tmp_path: Path) -> None:
+    for step in (0, 3, 1):
+        with Recorder(tmp_path, LoggingConfig(tensorboard=False), step=step, goal=Goal("step", step, 9)) as recorder:
+            recorder.tell("resume" if step else "start", step, "begins\nso")
+        with open(tmp_path / "events.jsonl", "a") as file:
+            file.write('{"step": 7, "to')
+    lines = (tmp_path / "events.jsonl").read_text().splitlines()
+    events = [json.loads(line) for line in lines[::2]]
+    assert [(event["step"], event["kind"]) for event in events] == [(0, "start"), (3, "resume"), (1, "resume")]
+    assert events[0]["text"] == "begins\nso"
+    assert events[0]["time"] <= events[1]["time"] <= events[2]["time"]
+    assert lines[1::2] == ['{"step": 7, "to'] * 3
+
+
+def test_nested_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
+    with Recorder(tmp_path, LoggingConfig(tensorboard=False), step=0, goal=Goal("step", 0, 9)) as recorder:
+        recorder.record(step_metrics(1, parts={"head": {"grad_norm": math.inf}}, ranks={"busy_s": [1.0, math.nan]}))
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert (line["parts"], line["ranks"]) == ({"head": {"grad_norm": None}}, {"busy_s": [1.0, None]})
+
+
+def test_a_tracker_that_fails_is_left_out(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        def write(self, step: int, scalars: dict[str, float]) -> None:
+            raise OSError("no space\nleft")
+
+        def close(self) -> None:
+            raise AssertionError("closed after it failed")
+
+    monkeypatch.setattr(pretrain.recorder, "open_trackers", lambda *_: iter([("board", Full())]))
+    record(tmp_path, 1, 4)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
+    assert (tmp_path / "log.txt").read_text().count("board failed and gets no more numbers") == 1
+    assert "no space left" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("goal", [Goal("step", 6, 10), Goal("tokens", 48, 80)])
