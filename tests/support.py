@@ -1,5 +1,7 @@
 """What several tests need: small models and datasets, and ranks as forked processes."""
 
+import functools
+import importlib
 import json
 import multiprocessing
 import os
@@ -18,6 +20,7 @@ from torch import distributed as dist
 
 from data.shards import DatasetIndex, TokenizerEntry, file_sha256, token_dtype, write_index, write_shard
 from model.config import ModelConfig
+from parallel.zero import load_deepspeed
 
 PROJECT = Path(__file__).parent.parent
 RANKS_TIMEOUT_S = 120
@@ -121,6 +124,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, fo
 
     `folder` is an empty one for the meeting point. Any failure, or silence for two minutes, fails the test.
     """
+    _import_for_all()
     context = multiprocessing.get_context("fork")
     pipes, processes = [], []
     for rank in range(world_size):
@@ -146,6 +150,14 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, fo
     failures = [f"rank {rank}:\n{value}" for rank, (ok, value) in enumerate(answers) if not ok]
     assert not failures, "\n".join(failures)
     return [value for _, value in answers]
+
+
+@functools.cache
+def _import_for_all() -> None:
+    """What each rank would import for itself when it makes an optimizer, in seconds: once, before they are forked."""
+    load_deepspeed()
+    for name in ("torch._dynamo", "deepspeed.runtime.zero.muon.original_muon"):
+        importlib.import_module(name)
 
 
 def _rank_main(
