@@ -36,7 +36,9 @@ class RankError(Exception):
 
 
 def load() -> None:
-    """Imports once what each rank would take seconds to import for itself: optimizers need the compiler."""
+    """Imports once what each rank would take seconds to import for itself: optimizers need the compiler. GPUs are
+    hidden, from DeepSpeed too."""
+    os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
     load_deepspeed()
     import_module("torch._inductor.compile_fx")
     import_module("torch.utils.tensorboard")

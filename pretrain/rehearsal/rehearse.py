@@ -26,7 +26,7 @@ from pretrain.rehearsal.axis import boundaries
 from pretrain.rehearsal.check import Metrics, check_stretch, crossings, row_of
 from pretrain.rehearsal.ranks import RankError, load, train_on_ranks
 from pretrain.rehearsal.scale import Rehearsal, describe, make_rehearsal
-from pretrain.rehearsal.text import samples
+from pretrain.rehearsal.text import count_ends, samples
 from pretrain.reports.report import write_report
 
 RECORD = "rehearsal.json"
@@ -160,9 +160,11 @@ def _tell_plan(plan: Rehearsal, source: str, console: Console) -> None:
         f"({parallel.schedule}), {model.n_routed_experts} experts in {model.n_group} groups, "
         f"{model.num_experts_per_tok} a token, {plan.config.precision.dtype}",
         f"processes: {plan.world_size} on CPU, {len(plan.starts())} steps",
-        f"text: {source}; FIM rate {plan.config.data.fim_rate:g}",
+        f"text: {source}",
         sep="\n",
     )
+    num_samples, ends, rewritten = count_ends(plan.config)
+    console.print(f"samples: {num_samples:,} with {ends:,} ends of documents, {rewritten:,} of them rewritten for FIM")
     scaled, missing = describe(plan)
     console.print(f"smaller: {'; '.join(scaled)}", f"not rehearsed: {'; '.join(missing)}", sep="\n", markup=False)
 

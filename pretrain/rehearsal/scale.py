@@ -254,7 +254,7 @@ def describe(rehearsal: Rehearsal) -> tuple[list[str], list[str]]:
         if getattr(large.model, name) != getattr(small.model, name)
     ]
     factors = {"batches": rehearsal.batch, "sequences": rehearsal.length}
-    scaled += [f"{name} by {factor:g}" for name, factor in factors.items() if factor != 1]
+    scaled += [f"{name} ÷ {factor:g}" for name, factor in factors.items() if factor != 1]
     if large.train.micro_batch_size > 1:
         scaled.append(f"micro_batch_size {large.train.micro_batch_size} → 1")
     scaled.append(f"tokens {end_of(large):,.0f} → {small.train.tokens:,}, stretch by stretch")

@@ -9,6 +9,10 @@ from data.config import DataConfig, DatasetConfig
 from data.errors import DataError
 from data.prepare import PrepareOptions, prepare
 from data.shards import read_index, write_atomically
+from pretrain.assemble import open_data
+from pretrain.config import Config
+from pretrain.loop import plan_batches
+from pretrain.state import TrainState
 
 VOCAB_SIZE = 2048
 _LARGEST_VOCAB = 8192
@@ -35,6 +39,20 @@ def samples(config: DataConfig, folder: Path) -> tuple[DataConfig, int, str]:
         verify=config.verify,
     )
     return small, VOCAB_SIZE, where + ("s" if len(config.datasets) > 1 else "")
+
+
+def count_ends(config: Config) -> tuple[int, int, int]:
+    """How many samples a run reads, how many documents end in them, and how many were rewritten for FIM."""
+    stream = open_data(config)
+    samples = ends = rewritten = 0
+    tokenizer = stream.datasets[0].tokenizer
+    position = stream.start(config.train.seq_len)
+    for spec in plan_batches(config.full_timeline, stream, TrainState(0, 0, position), config.train):
+        tokens = stream.read(spec.position, 0, spec.batch_size).tokens
+        samples += spec.batch_size
+        ends += int((tokens == tokenizer.eos).sum())
+        rewritten += int((tokens == tokenizer.fim_begin).sum())
+    return samples, ends, rewritten
 
 
 def _vocabularies(config: DataConfig) -> list[int]:

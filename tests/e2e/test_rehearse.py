@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -35,7 +36,7 @@ def record(out: Path) -> dict[str, Any]:
     return loaded
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_the_timeline_of_the_report_on_fewer_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every boundary of the 671B, with a part of its stages, layers and experts."""
     layout = ("parallel.pp=4", "model.num_hidden_layers=11", "model.n_routed_experts=32")
@@ -43,6 +44,9 @@ def test_the_timeline_of_the_report_on_fewer_stages(tmp_path: Path, capsys: pyte
     assert rehearse(PROJECT / "configs" / "dsv3_671b.toml", tmp_path / "out", "--processes", "4", *options) == 0
     printed = capsys.readouterr().out
     assert printed.count("PASS") == 7
+    counts = re.search(r"samples: (\d+) with (\d+) ends of documents, (\d+) of them rewritten for FIM", printed)
+    assert counts is not None
+    assert min(map(int, counts.groups())) > 0
     rows = record(tmp_path / "out")["boundaries"]
     assert [row["original"] for row in rows] == [28_032_630_784, 469e9, 10e12, 14.3e12, 14.633e12, 14.8e12]
     assert [row["name"] for row in rows] == ["lr", "batch", "lr, MTP", "lr, γ", "lr", "end"]
