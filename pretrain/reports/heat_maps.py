@@ -59,7 +59,7 @@ def _png(shades: NDArray[np.uint8]) -> bytes:
         b"IHDR": struct.pack(">IIBBBBB", columns, rows, 8, 3, 0, 0, 0),
         b"PLTE": _palette().tobytes(),
         b"tRNS": bytes([255] * _SHADES + [0]),
-        b"IDAT": zlib.compress(pixels, 9),
+        b"IDAT": zlib.compress(pixels, 6),
         b"IEND": b"",
     }
     return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(name, body) for name, body in parts.items())

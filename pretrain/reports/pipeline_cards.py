@@ -11,6 +11,7 @@ from pretrain.planning.plan import pipeline_timeline
 from pretrain.reports.facts import known
 from pretrain.reports.loss_cards import parsed
 from pretrain.reports.page import Card, folded_table, scrolled
+from pretrain.reports.pictures import show
 from pretrain.reports.pipeline_drawing import UNKNOWN, Box, Pipeline, draw, of_timeline
 from pretrain.reports.run_record import RunRecord
 from pretrain.reports.series import as_number
@@ -75,7 +76,7 @@ def _compared(record: RunRecord, measured: Pipeline) -> Card:
     facts = known(
         ("step", f"{step:,.0f}" if math.isfinite(step) else ""),
         ("schedule", f"{str(table.get('schedule'))[:40]} on {len(measured.rows)} ranks"),
-        ("micro-batches", f"{as_number(table.get('num_micro_batches')):,.0f}"),
+        ("micro-batches", show(as_number(table.get("num_micro_batches")))),
         ("bubble, measured", f"{100 * measured.bubble:.1f} %"),
         ("bubble, simulated", f"{100 * simulated.bubble:.1f} %" if simulated else ""),
         ("longer than simulated", f"{100 * (measured.makespan / simulated.makespan - 1):+.1f} %" if simulated else ""),

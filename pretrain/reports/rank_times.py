@@ -3,8 +3,7 @@
 Ranks that share a part of the layers do the same work, but for the tokens their experts get. The rank that all wait for
 is the one that computes longest, while their steps all take the same time."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -12,14 +11,16 @@ from pretrain.guards import NORMAL
 from pretrain.reports.run_record import RunRecord
 from pretrain.reports.series import Column
 
-# The newest records count, so that a rank that was repaired is not named; and at least so many, as one may be chance.
-_NEWEST, _LEAST = 20, 3
+# The newest quarter of the records counts, so that a rank that was repaired is not named; but not fewer, as one may be
+# chance, and not more.
+_FEWEST, _MOST, _LEAST = 5, 20, 3
 # Clocks and the tokens that experts get set healthy ranks a few per cent apart; in a group whose ranks differ more, so
 # many deviations.
 _SLOW, _DEVIATIONS = 1.15, 6.0
 _LEAST_TO_DEVIATE = 5
-# Between parts of the layers: embedding, head and uneven divisions make some work longer by design.
-_SLOW_BESIDE_OTHER_WORK = 1.5
+# Where each rank has layers of its own, with more or less work by design, it is compared with its own share of the work
+# in the first quarter of the run: seen is only what became slower.
+_SLOWER_THAN_BEFORE = 1.3
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,16 @@ class SlowRank:
 def find_slow_ranks(record: RunRecord) -> list[SlowRank]:
     """All that are slow now, the slowest first; none without records of ranks."""
     steps, busy = busy_seconds(record)
-    if len(steps) < _LEAST or busy.shape[1] < 2:
+    num_ranks = busy.shape[1]
+    if len(steps) < _LEAST or num_ranks < 2:
         return []
-    found = [
-        slow
-        for group, peers, limit in _groups(record, busy.shape[1])
-        for slow in _slow(steps, busy, group, peers, limit)
-    ]
+    groups = _groups(record, num_ranks)
+    if all(len(group) == 1 for group in groups):
+        before = np.median(busy[: max(_LEAST, len(steps) // 4)], 0)
+        found = _slow(steps, busy, busy / np.maximum(before, 1e-12), list(range(num_ranks)), _SLOWER_THAN_BEFORE)
+        peers = "all ranks, all beside their own time at the start"
+        return sorted((replace(slow, peers=peers) for slow in found), key=lambda slow: -slow.ratio)
+    found = [slow for group in groups if len(group) > 1 for slow in _slow(steps, busy, busy, group, _SLOW)]
     return sorted(found, key=lambda slow: -slow.ratio)
 
 
@@ -60,8 +64,8 @@ def busy_seconds(record: RunRecord) -> tuple[Column, Column]:
     return series.steps[alike], busy[alike][:, : counts[-1]]
 
 
-def _groups(record: RunRecord, num_ranks: int) -> Iterator[tuple[list[int], str, float]]:
-    """Ranks with the same work, what they are called, and from which ratio on one of them is slow."""
+def _groups(record: RunRecord, num_ranks: int) -> list[list[int]]:
+    """Ranks with the same work."""
     table = record.config.get("parallel")
     parallel = table if isinstance(table, dict) else {}
     pp = parallel.get("pp", 1)
@@ -74,33 +78,26 @@ def _groups(record: RunRecord, num_ranks: int) -> Iterator[tuple[list[int], str,
         # The two ends of a bidirectional pipeline hold the same layers.
         stage = min(place, pp - 1 - place) if parallel.get("schedule") == "dualpipe" else place
         stages.setdefault(stage, []).append(rank)
-    if all(len(ranks) == 1 for ranks in stages.values()):
-        yield list(range(num_ranks)), "all ranks, though their layers differ", _SLOW_BESIDE_OTHER_WORK
-        return
-    for ranks in stages.values():
-        if len(ranks) > 1:
-            peers = "all ranks" if pp == 1 else f"the {len(ranks)} ranks with the same layers"
-            yield ranks, peers, _SLOW
+    return list(stages.values())
 
 
-def _slow(steps: Column, busy: Column, group: list[int], peers: str, limit: float) -> Iterator[SlowRank]:
-    """Beside the lower median, as the slow one of a pair would else be compared with itself."""
-    times = busy[:, group]
+def _slow(steps: Column, busy: Column, compared: Column, group: list[int], limit: float) -> list[SlowRank]:
+    """Of a group, by times [records, ranks] that can be compared, beside the lower median: the slow one of a pair would
+    else be compared with itself."""
+    times, newest = compared[:, group], min(_MOST, max(_FEWEST, len(steps) // 4))
     middle = np.sort(times, 1)[:, (len(group) - 1) // 2]
     ratios = times / np.maximum(middle, 1e-12)[:, None]
-    now = np.median(ratios[-_NEWEST:], 0)
+    now = np.median(ratios[-newest:], 0)
     if len(group) >= _LEAST_TO_DEVIATE:
         limit = max(limit, 1 + _DEVIATIONS * NORMAL * float(np.median(np.abs(now - np.median(now)))))
+    found = []
     for place in np.flatnonzero(now > limit):
         fine = np.flatnonzero(_smoothed(ratios[:, place]) <= limit)
         begin = min(int(fine[-1]) + 1, len(steps) - 1) if len(fine) else 0
-        yield SlowRank(
-            rank=group[int(place)],
-            ratio=float(now[place]),
-            seconds=float(np.median(times[-_NEWEST:, place])),
-            since=float(steps[begin]),
-            peers=peers,
-        )
+        rank, peers = group[int(place)], f"the {len(group)} ranks with the same layers"
+        seconds = float(np.median(busy[-newest:, rank]))
+        found.append(SlowRank(rank, float(now[place]), seconds, float(steps[begin]), peers))
+    return found
 
 
 def _smoothed(values: Column) -> Column:

@@ -115,11 +115,12 @@ def test_longer_sequences_are_no_spike(tmp_path: Path) -> None:
 
 
 def test_ranks_with_other_layers_are_not_compared(tmp_path: Path) -> None:
-    """In a pipeline of single ranks the last may take a fifth longer by its head; half as long again is named."""
+    """In a pipeline of single ranks the last may take twice as long by its head; what becomes slower is named."""
     one_each = Recipe(world_size=4, overrides=A_RANK_EACH)
-    for factor, count in ((1.2, 0), (1.8, 1)):
-        folder = write_synthetic_run(tmp_path / f"{factor}", one_each, Faults(slow=(3, factor, 0)))
-        assert len(find_slow_ranks(read_record(folder))) == count
+    for since, count in ((0, 0), (200, 1)):
+        folder = write_synthetic_run(tmp_path / f"{since}", one_each, Faults(slow=(3, 2.0, since)))
+        found = find_slow_ranks(read_record(folder))
+        assert [(slow.rank, slow.since) for slow in found] == [(3, 200)] * count
 
 
 def test_a_rank_that_was_repaired_is_not_named(tmp_path: Path) -> None:
