@@ -166,6 +166,8 @@ def _tell_plan(plan: Rehearsal, source: str, console: Console) -> None:
     num_samples, ends, rewritten = count_ends(plan.config)
     console.print(f"samples: {num_samples:,} with {ends:,} ends of documents, {rewritten:,} of them rewritten for FIM")
     scaled, missing = describe(plan)
+    if plan.config.data.fim_rate and not rewritten:
+        missing.append(f"FIM, whose rate of {plan.config.data.fim_rate:g} takes more documents, such as of --steps 8")
     console.print(f"smaller: {'; '.join(scaled)}", f"not rehearsed: {'; '.join(missing)}", sep="\n", markup=False)
 
 

@@ -262,7 +262,7 @@ def describe(rehearsal: Rehearsal) -> tuple[list[str], list[str]]:
     for axis in ("ep", "cp"):
         sizes = getattr(large.parallel, axis), getattr(small.parallel, axis)
         if sizes[0] != sizes[1]:
-            missing.append(f"{axis} = {sizes[0]}: " + (f"{sizes[1]} of them" if sizes[1] > 1 else "all in one process"))
+            missing.append(f"{axis} = {sizes[0]}: " + (f"only {sizes[1]}" if sizes[1] > 1 else "all in one process"))
     if large.run.init_from is not None:
         missing.append(f"the weights of {large.run.init_from}: it begins with new ones")
     if large.precision.fp8 != "off":
