@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from typing import Literal
+from typing import Literal, Protocol
 
 from parallel.schedule import Action, Kind, Overlapped, Schedule, Step, actions_of
 
@@ -23,6 +23,17 @@ GIVES_GRADIENT = (Kind.BACKWARD, Kind.INPUT_GRAD)
 
 class ScheduleError(Exception):
     """A schedule that cannot be carried out or does not do all the work."""
+
+
+class StepCosts(Protocol):
+    """How long each step takes, and a transfer between ranks."""
+
+    @property
+    def send(self) -> float:
+        """Duration of a transfer."""
+
+    def of_step(self, step: Step) -> float:
+        """Duration of a step."""
 
 
 @dataclass(frozen=True)
@@ -134,10 +145,10 @@ def _gives(action: Action) -> Iterator[_Result]:
         yield "weight parts", action.stage, action.micro_batch
 
 
-def simulate(schedule: Schedule, costs: Costs | Callable[[Action], float]) -> Timeline:
-    """The times of all steps, with the costs of `Costs`, or those of each action (then sends are free and a pair takes
-    the sum). Raises ScheduleError where ranks wait for one another for ever."""
-    send = costs.send if isinstance(costs, Costs) else 0
+def simulate(schedule: Schedule, costs: StepCosts | Callable[[Action], float]) -> Timeline:
+    """The times of all steps, with the costs of each step, or of each action (then sends are free and a pair takes the
+    sum). Raises ScheduleError where ranks wait for one another for ever."""
+    send = 0 if callable(costs) else costs.send
     spans: list[list[Span]] = [[] for _ in schedule.steps]
     ended: dict[_Result, tuple[float, int]] = {}
     waiting: defaultdict[_Result, list[int]] = defaultdict(list)
@@ -167,10 +178,8 @@ def simulate(schedule: Schedule, costs: Costs | Callable[[Action], float]) -> Ti
     return Timeline(schedule, tuple(tuple(row) for row in spans))
 
 
-def _duration(step: Step, costs: Costs | Callable[[Action], float]) -> float:
-    if isinstance(costs, Costs):
-        return costs.of_step(step)
-    return sum(costs(action) for action in actions_of(step))
+def _duration(step: Step, costs: StepCosts | Callable[[Action], float]) -> float:
+    return sum(costs(action) for action in actions_of(step)) if callable(costs) else costs.of_step(step)
 
 
 def validate(schedule: Schedule) -> None:

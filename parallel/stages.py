@@ -38,6 +38,11 @@ def split_layers(config: ModelConfig, num_stages: int) -> list[tuple[int, ...]]:
     """The main layers of each stage: consecutive, so that the costliest stage costs least, and the rest are as equal as
     that allows. Every stage but the last, which has head and multi-token prediction, gets at least one. Raises
     ValueError where there are too few layers."""
+    return list(_split_layers(config, num_stages))
+
+
+@cache
+def _split_layers(config: ModelConfig, num_stages: int) -> tuple[tuple[int, ...], ...]:
     costs, tail = layer_costs(config), tail_cost(config)
     num_layers = len(costs)
     if num_layers < num_stages - 1:
@@ -62,7 +67,7 @@ def split_layers(config: ModelConfig, num_stages: int) -> list[tuple[int, ...]]:
             options.append((max(cost, greatest), squares + cost**2, (end, *ends)))
         return min(options)
 
-    return [tuple(range(*edges)) for edges in pairwise((0, *best(0, 0)[2]))]
+    return tuple(tuple(range(*edges)) for edges in pairwise((0, *best(0, 0)[2])))
 
 
 def part_of_rank(config: ModelConfig, shape: MeshShape, schedule: Schedule, rank: int) -> ModelPart:

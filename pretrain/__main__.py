@@ -89,6 +89,13 @@ def _add_train_and_plan(commands: "argparse._SubParsersAction[argparse.ArgumentP
         metavar="GIB",
         help="memory of a device; exit 2 if it cannot fit",
     )
+    plan.add_argument(
+        "--hardware",
+        type=Path,
+        metavar="FILE",
+        help="what to predict speed for: a file, or a name in configs/hardware (default: h100)",
+    )
+    plan.add_argument("--search", action="store_true", help="print the fastest layouts that fit instead")
     _add_report_and_watch(commands)
 
 

@@ -35,7 +35,13 @@ def plan(arguments: Namespace) -> int:
     """`plan CONFIG`."""
     from pretrain.planning.plan import plan_command
 
-    plan_command(load_config(arguments.config, arguments.set), arguments.world_size, arguments.device_memory)
+    plan_command(
+        load_config(arguments.config, arguments.set),
+        arguments.world_size,
+        arguments.device_memory,
+        arguments.hardware,
+        searches=arguments.search,
+    )
     return DONE
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from keyword import iskeyword
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import tomli_w
 from pydantic import TypeAdapter, ValidationError
@@ -31,6 +31,7 @@ from pretrain.logging_config import LoggingConfig
 from pretrain.timeline import Timeline, TimelineConfig, value_at
 
 Table = dict[str, Any]
+Parsed = TypeVar("Parsed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,17 +173,24 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 def parse_config(table: Table) -> Config:
     """Checks and types a raw table. Raises UserError naming the key, the value and the rule."""
-    mistakes = list(_mistakes(table, Config, ""))
+    config = parse_table(table, Config)
+    _check_between_tables(config)
+    return config
+
+
+def parse_table(table: Table, kind: type[Parsed]) -> Parsed:
+    """A raw table as a dataclass. Raises UserError naming the key, the value and the rule."""
+    mistakes = list(_mistakes(table, kind, ""))
     if mistakes:
         raise UserError("\n".join(mistakes))
     try:
-        config = TypeAdapter(Config).validate_python(_with_field_names(table))
+        return TypeAdapter(kind).validate_python(_with_field_names(table))
     except ValidationError as error:
         # Types are right already, so what else is reported are only the other branches of a union.
         found = [item for item in error.errors() if item["type"] == "value_error" or item["type"].startswith("missing")]
-        raise UserError("\n".join(dict.fromkeys(map(_describe, found or error.errors())))) from None
-    _check_between_tables(config)
-    return config
+        known = frozenset(_field_names(kind))
+        lines = [_describe(item, known) for item in found or error.errors()]
+        raise UserError("\n".join(dict.fromkeys(lines))) from None
 
 
 def dump_config(config: Config) -> str:
@@ -243,20 +251,25 @@ def read_table(path: Path, seen: tuple[Path, ...] = ()) -> Table:
     """A file with its bases, unchecked; `seen` files lead to it. Raises UserError if one cannot be read."""
     if path.resolve() in seen:
         raise UserError(f"{path} is its own base, through {' → '.join(str(p.name) for p in seen)}; remove one `base`")
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"no configuration at {path}" + (f", the base of {seen[-1]}" if seen else "")) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise UserError(f"{path} is not valid TOML: {error}") from None
+    if not path.exists():
+        raise UserError(f"no configuration at {path}" + (f", the base of {seen[-1]}" if seen else ""))
+    table = read_toml(path)
     base = table.pop("base", None)
     if base is None:
         return table
     if not isinstance(base, str):
         raise UserError(f"base = {base!r} in {path} must be the path of another file")
     return _merged(read_table(path.parent / base, (*seen, path.resolve())), table)
+
+
+def read_toml(path: Path) -> Table:
+    """A file's tables, as they are. Raises UserError."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise UserError(f"{path} is not valid TOML: {error}") from None
 
 
 def _merged(base: Table, over: Table) -> Table:
@@ -338,13 +351,13 @@ def _join(key: str, name: str) -> str:
     return f"{key}{': ' if ', entry ' in key.rpartition('.')[2] else '.'}{name}" if key else name
 
 
-def _describe(error: Mapping[str, Any]) -> str:
+def _describe(error: Mapping[str, Any], field_names: frozenset[str]) -> str:
     """One line on what pydantic found: a missing key, or a rule that a dataclass checks itself."""
     key = ""
     for part in error["loc"]:
         if isinstance(part, int):
             key = f"{key}, entry {part + 1}"
-        elif part in _FIELD_NAMES:
+        elif part in field_names:
             key = _join(key, part)
     if error["type"] == "value_error":
         return _put_before(key, str(error["ctx"]["error"]))
@@ -371,9 +384,6 @@ def _field_names(hint: Any) -> Iterator[str]:
             yield from _field_names(inner)
     for argument in typing.get_args(hint):
         yield from _field_names(argument)
-
-
-_FIELD_NAMES = frozenset(_field_names(Config))
 
 
 def _check_between_tables(config: Config) -> None:

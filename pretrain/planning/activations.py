@@ -10,7 +10,7 @@ T = tokens of a micro-batch on this rank, D = hidden size, I = inner size, K = e
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -49,8 +49,9 @@ class Activations:
         model, depth = self.model, self.model.num_nextn_predict_layers if is_last else 0
         blocks = [*layers, *range(model.num_hidden_layers, model.num_hidden_layers + depth)]
         sizes: Sizes = Counter()
-        for index in blocks:
-            sizes.update(self._block_input() if self._has("block") else self.block(index))
+        for is_moe, count in Counter(index in model.moe_layers for index in blocks).items():
+            block = self._block_input() if self._has("block") else self._blocks[is_moe]
+            sizes.update({name: count * size for name, size in block.items()})
         row = self.num_bytes * model.hidden_size
         # A stage ends in states that the next gets, or that the norm before the head takes.
         sizes["states"] += self.tokens * (1 + depth) * row
@@ -75,7 +76,7 @@ class Activations:
             if index in model.moe_layers:
                 inner = model.n_shared_experts * model.moe_intermediate_size
                 values += attention + (2 * hidden + 3 * inner if inner else 0)
-                if self._num_rounds == 1:
+                if self.num_rounds == 1:
                     values += model.num_experts_per_tok * (2 * hidden + 3 * model.moe_intermediate_size)
             else:
                 values += attention + 2 * hidden + 3 * model.intermediate_size
@@ -85,7 +86,7 @@ class Activations:
         """Bytes of what a backward pass computes again, for a while, of the largest of some layers."""
         again = max((self.block(index).total() for index in layers), default=0) if self._has("block") else 0
         experts = (
-            self._round() if self._num_rounds > 1 and any(index in self.model.moe_layers for index in layers) else 0
+            self._round() if self.num_rounds > 1 and any(index in self.model.moe_layers for index in layers) else 0
         )
         return again + experts
 
@@ -108,8 +109,14 @@ class Activations:
 
     def block(self, index: int) -> Sizes:
         """What a layer keeps that is not run again as a whole."""
+        return self._blocks[index in self.model.moe_layers]
+
+    @cached_property
+    def _blocks(self) -> dict[bool, Sizes]:
+        return {is_moe: self._block(is_moe=is_moe) for is_moe in (False, True)}
+
+    def _block(self, *, is_moe: bool) -> Sizes:
         model, width = self.model, self.num_bytes
-        is_moe = index in model.moe_layers
         inner = model.n_shared_experts * model.moe_intermediate_size if is_moe else model.intermediate_size
         sizes: dict[str, float] = {
             # The layer's input, and the residual after attention.
@@ -176,7 +183,7 @@ class Activations:
         return reachable * (1 - missed / math.comb(experts, model.num_experts_per_tok))
 
     @cached_property
-    def _num_rounds(self) -> int:
+    def num_rounds(self) -> int:
         """In how many rounds the mean load comes."""
         bound = self.parallel.max_expert_rows
         if not bound or not self.copies:
@@ -187,7 +194,7 @@ class Activations:
     def _experts(self) -> float:
         """Rows on the way there and back, and what experts make of them."""
         *before, last = self.copies or (0.0,)
-        if self._num_rounds > 1:
+        if self.num_rounds > 1:
             return sum(map(self._way, before)) + last * 2 * self.num_bytes * self.model.hidden_size
         return sum(map(self._way, self.copies)) + self._expert_rows()
 
@@ -206,29 +213,47 @@ class Activations:
 
     def _round(self) -> int:
         """Bytes of one round of dispatch with all that comes of it."""
-        return round(self.tokens * (self._way(self.copies[-1]) + self._expert_rows()) / self._num_rounds)
+        return round(self.tokens * (self._way(self.copies[-1]) + self._expert_rows()) / self.num_rounds)
+
+
+Live = frozenset[tuple[tuple[str, int], int]]
+"""How many micro-batches are alive at a moment, by ("kept" or "deferred", stage)."""
 
 
 def peak_of_live(steps: Sequence[Step], kept: Mapping[int, Sizes], deferred: Mapping[int, Sizes]) -> Sizes:
     """The parts of a rank's activations when they take most: of each stage `kept` from F to B or I, `deferred` from I
     to W."""
+    return heaviest(live_moments(steps), kept, deferred)
+
+
+def heaviest(moments: Iterable[Live], kept: Mapping[int, Sizes], deferred: Mapping[int, Sizes]) -> Sizes:
+    """The parts of activations at the moment at which they take most."""
     parts = {"kept": kept, "deferred": deferred}
     costs = {(state, stage): sizes.total() for state, stages in parts.items() for stage, sizes in stages.items()}
+    at_peak = max(moments, key=lambda live: sum(count * costs[key] for key, count in live))
+    sizes: Sizes = Counter()
+    for (state, stage), count in sorted(at_peak):
+        sizes.update({name: count * size for name, size in parts[state][stage].items()})
+    return sizes
+
+
+def live_moments(steps: Sequence[Step]) -> tuple[Live, ...]:
+    """The moments of a rank's steps at which no other has as much alive of everything."""
     live = Counter[tuple[str, int]]()
-    most, at_peak = -1, live.copy()
+    moments: dict[Live, None] = {frozenset(): None}
     for step in steps:
         actions = actions_of(step)
         # The forward pass of two overlapped steps begins before the backward pass ends.
         for action in actions:
             live["kept", action.stage] += action.kind == Kind.FORWARD
-        for counted in (False, True):
-            for action in actions if counted else ():
-                live["kept", action.stage] -= action.kind in (Kind.BACKWARD, Kind.INPUT_GRAD)
-                live["deferred", action.stage] += (action.kind == Kind.INPUT_GRAD) - (action.kind == Kind.WEIGHT_GRAD)
-            now = sum(count * costs[key] for key, count in live.items())
-            if now > most:
-                most, at_peak = now, live.copy()
-    sizes: Sizes = Counter()
-    for (state, stage), count in at_peak.items():
-        sizes.update({name: count * size for name, size in parts[state][stage].items()})
-    return sizes
+        moments[frozenset((+live).items())] = None
+        for action in actions:
+            live["kept", action.stage] -= action.kind in (Kind.BACKWARD, Kind.INPUT_GRAD)
+            live["deferred", action.stage] += (action.kind == Kind.INPUT_GRAD) - (action.kind == Kind.WEIGHT_GRAD)
+        moments[frozenset((+live).items())] = None
+    # The fullest first, so that what another exceeds is soon found to be so.
+    kept: list[tuple[Live, dict[tuple[str, int], int]]] = []
+    for moment in sorted(moments, key=lambda moment: -sum(count for _, count in moment)):
+        if not any(all(counts.get(key, 0) >= count for key, count in moment) for _, counts in kept):
+            kept.append((moment, dict(moment)))
+    return tuple(moment for moment, _ in kept)

@@ -11,7 +11,7 @@ the two.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -19,16 +19,21 @@ import torch
 from model.config import ModelConfig
 from model.fp8 import Fp8Config
 from model.linear import Linear
-from model.transformer import ModelPart, Transformer
+from model.transformer import ModelPart, Transformer, whole_model
+from parallel.config import ParallelConfig
+from parallel.mesh import MeshShape
 from parallel.optimizer import OptimizerConfig, is_expert
-from parallel.schedule import Schedule, make_schedule
+from parallel.schedule import Schedule, ScheduleName, make_schedule
 from parallel.simulate import UNIT, simulate
 from parallel.stages import part_of_rank, split_layers
 from parallel.zero import BUCKET_ELEMENTS
-from pretrain.planning.activations import Activations, Sizes, peak_of_live
+from pretrain.planning.activations import Activations, Live, Sizes, heaviest, live_moments
 
 GIB = 1 << 30
-DEVICE_OVERHEAD = 2 * GIB
+DRIVER = GIB
+"""What a GPU's driver, libraries and channels of collectives take beside tensors."""
+FRAGMENTATION = 0.03
+"""Of the peak, what an allocator holds in gaps: allowed for, not measured."""
 
 _FP32 = 4
 _ALIGNMENT = 2
@@ -71,8 +76,22 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """Bytes of all tensors at once, without the `DEVICE_OVERHEAD` of driver and allocator."""
+        """Bytes of all tensors at once."""
         return total(self.held) + max(total(self.activations), total(self.step))
+
+    @property
+    def allowance(self) -> tuple[Part, ...]:
+        """What a device needs beside tensors."""
+        gaps = round(FRAGMENTATION * self.peak)
+        return (
+            Part("driver and libraries", DRIVER, "with the channels of collectives"),
+            Part("fragmentation", gaps, f"allowed for, {100 * FRAGMENTATION:g} % of the peak"),
+        )
+
+    @property
+    def on_device(self) -> int:
+        """Bytes of a device that are needed."""
+        return self.peak + total(self.allowance)
 
 
 @dataclass(frozen=True)
@@ -121,25 +140,14 @@ def rank_memories(
     """The memory of a rank at each place of the pipeline, all micro-batches of which are `num_micro_batches`."""
     parallel, model = activations.parallel, activations.model
     shape = parallel.mesh_shape(world_size)
-    replicas = len(shape.replicas()[0])
-    division = Division(
-        dtype=dtype,
-        moments=optimizer.moments,
-        stage=parallel.zero_stage,
-        offload=parallel.optimizer_offload,
-        replicas=replicas,
-        expert_replicas=replicas // parallel.ep,
-    )
+    division = _division(parallel, dtype, optimizer, shape)
     # More micro-batches do not lie on top of one another.
-    schedule = make_schedule(
-        parallel.schedule, num_ranks=parallel.pp, num_micro_batches=min(num_micro_batches, 4 * parallel.pp)
-    )
-    peaks = simulate(schedule, UNIT).peak_activations
+    pipeline = _pipeline(parallel.schedule, parallel.pp, min(num_micro_batches, 4 * parallel.pp))
     memories = []
     for place in range(parallel.pp):
-        part = part_of_rank(model, shape, schedule, place * shape.batch_ranks)
+        part = part_of_rank(model, shape, pipeline.schedule, place * shape.batch_ranks)
         sizes = parameter_sizes(model, part)
-        live = _activations(activations, schedule, place, defers=parallel.zero_stage < 2)
+        live = _activations(activations, pipeline, place, defers=parallel.zero_stage < 2)
         logits, gradient = (activations.logits() if part.head else 0), dtype.itemsize * sizes.largest
         # What the losses kept is gone before layers run again; the logits are, before anything else is made.
         loss = activations.loss() if part.head else 0
@@ -153,25 +161,84 @@ def rank_memories(
                     Part("backward pass", backward, "its largest gradients, what it computes again"),
                 ),
                 step=_step_buffers(sizes, division),
-                live=peaks[place],
+                live=pipeline.peaks[place],
                 on_host=_optimizer_bytes(sizes, division) if division.offload else 0,
             )
         )
     return tuple(memories)
 
 
+def least_held(
+    model: ModelConfig, parallel: ParallelConfig, *, dtype: torch.dtype, optimizer: OptimizerConfig, world_size: int
+) -> int:
+    """Bytes that the rank with most parameters always holds."""
+    shape = parallel.mesh_shape(world_size)
+    schedule = _pipeline(parallel.schedule, parallel.pp, 2 * parallel.pp).schedule
+    parts = [part_of_rank(model, shape, schedule, place * shape.batch_ranks) for place in range(parallel.pp)]
+    division = _division(parallel, dtype, optimizer, shape)
+    return max(total(_held(parameter_sizes(model, part), division)) for part in dict.fromkeys(parts))
+
+
+def _division(parallel: ParallelConfig, dtype: torch.dtype, optimizer: OptimizerConfig, shape: MeshShape) -> Division:
+    replicas = shape.batch_ranks * (2 if shape.bidirectional else 1)
+    return Division(
+        dtype=dtype,
+        moments=optimizer.moments,
+        stage=parallel.zero_stage,
+        offload=parallel.optimizer_offload,
+        replicas=replicas,
+        expert_replicas=replicas // parallel.ep,
+    )
+
+
+@dataclass(frozen=True)
+class _Pipeline:
+    """A schedule with how many micro-batches each rank has alive at most, and the moments when it may have most."""
+
+    schedule: Schedule
+    peaks: tuple[int, ...]
+    moments: tuple[tuple[Live, ...], ...]
+
+
+@cache
+def _pipeline(name: ScheduleName, num_ranks: int, num_micro_batches: int) -> _Pipeline:
+    schedule = make_schedule(name, num_ranks=num_ranks, num_micro_batches=num_micro_batches)
+    peaks = simulate(schedule, UNIT).peak_activations
+    return _Pipeline(schedule, peaks, tuple(map(live_moments, schedule.steps)))
+
+
 @cache
 def parameter_sizes(model: ModelConfig, part: ModelPart | None = None) -> ParameterSizes:
     """Counts on the meta device."""
+    part = whole_model(model) if part is None else part
+    kinds = [_layer_kind(model, index) for index in part.layers]
+    counts = [_part_sizes(model, replace(part, layers=(index,), embedding=False, head=False)) for index in kinds]
+    counts.append(_part_sizes(model, replace(part, layers=())))
+    return ParameterSizes(
+        matrices=sum(count.matrices for count in counts),
+        vectors=sum(count.vectors for count in counts),
+        experts=sum(count.experts for count in counts),
+        largest=max(count.largest for count in counts),
+    )
+
+
+def _layer_kind(model: ModelConfig, index: int) -> int:
+    """The first layer that has the same parameters as one."""
+    firsts = (0, model.first_k_dense_replace, model.num_hidden_layers)
+    return max(first for first in firsts if first <= index)
+
+
+@cache
+def _part_sizes(model: ModelConfig, part: ModelPart) -> ParameterSizes:
     with torch.device("meta"):
         parameters = dict(Transformer(model, part).named_parameters())
-    is_apart = part is not None and part.num_local_experts < model.n_routed_experts
+    is_apart = part.num_local_experts < model.n_routed_experts
     experts = sum(p.numel() for name, p in parameters.items() if is_apart and is_expert(name))
     return ParameterSizes(
         matrices=sum(p.numel() for p in parameters.values() if p.dim() > 1) - experts,
         vectors=sum(p.numel() for p in parameters.values() if p.dim() == 1),
         experts=experts,
-        largest=max(p.numel() for p in parameters.values()),
+        largest=max((p.numel() for p in parameters.values()), default=0),
     )
 
 
@@ -189,14 +256,15 @@ def rounded_weights(model: ModelConfig, part: ModelPart, fp8: Fp8Config) -> int:
     return 2 * sum(layer.weight.numel() for layer in layers)
 
 
-def _activations(activations: Activations, schedule: Schedule, place: int, *, defers: bool) -> tuple[Part, ...]:
+def _activations(activations: Activations, pipeline: _Pipeline, place: int, *, defers: bool) -> tuple[Part, ...]:
     """Those of all live micro-batches at a place of the pipeline."""
+    schedule = pipeline.schedule
     layers, last = split_layers(activations.model, schedule.num_stages), schedule.num_stages - 1
     stages = schedule.stages_of(place)
     kept = {stage: activations.stage(layers[stage], is_last=stage == last) for stage in stages}
     nothing: Mapping[int, Sizes] = {stage: Sizes() for stage in stages}
     deferred = {stage: activations.deferred(layers[stage], is_last=stage == last) for stage in stages}
-    sizes = peak_of_live(schedule.steps[place], kept, deferred if defers else nothing)
+    sizes = heaviest(pipeline.moments[place], kept, deferred if defers else nothing)
     return tuple(Part(name, sizes[name], what) for name, what in _WHAT.items() if sizes[name])
 
 

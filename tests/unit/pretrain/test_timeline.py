@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from support import PROJECT
 
 from pretrain.config import load_config
-from pretrain.planning.plan import stretches
+from pretrain.planning.steps import stretches
 from pretrain.timeline import Piece, Timeline, TimelineConfig, value_at
 
 WARM_UP_END = 28_032_630_784

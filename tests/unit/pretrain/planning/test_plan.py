@@ -1,6 +1,7 @@
 """A plan counts what a run does: its parameters, its steps one by one, its layout and the pipeline."""
 
 import io
+import shlex
 import time
 
 import pytest
@@ -10,8 +11,9 @@ from support import PROJECT
 from pretrain.__main__ import main
 from pretrain.config import Config, TrainConfig, load_config
 from pretrain.errors import UserError
-from pretrain.planning.memory import DEVICE_OVERHEAD, GIB
-from pretrain.planning.plan import check_memory, plan, stretches
+from pretrain.planning.memory import GIB
+from pretrain.planning.plan import check_memory, plan
+from pretrain.planning.steps import stretches
 from pretrain.planning.tables import render
 from pretrain.timeline import Piece, Timeline, TimelineConfig
 from pretrain.units import short
@@ -23,7 +25,7 @@ def shipped(name: str, *overrides: str) -> Config:
     return load_config(PROJECT / "configs" / f"{name}.toml", overrides)
 
 
-RANKS = {"dsv3_671b": 1024}
+RANKS = {"dsv3_671b": 2048}
 
 
 def printed(name: str, *overrides: str, ranks: int | None = None, width: int = 80) -> str:
@@ -51,16 +53,24 @@ def test_the_report_s_sizes_are_printed() -> None:
     text = printed("dsv3_671b")
     assert "671B, of which a token uses 36.6B" in text
     assert "98.2 % less than the 32,768 of multi-head attention" in text
-    assert "1,024: dp 64, pp 16, ep 64, cp 1" in text
+    assert "2,048: dp 128, pp 16, ep 64, cp 1" in text
     assert "dualpipe over 16 stages" in text
     assert "4 × 14, 5, 0; the last has the head too" in text
-    assert "48 to 240 in each pipeline, of 1 sequence" in text
-    assert "the bubble is 8.9 %" in text
+    assert "24 to 120 in each pipeline, of 1 sequence" in text
+    assert "the bubble is 23.4 % (3.7 % of one of 120)" in " ".join(text.split())
+
+
+def test_the_report_s_bubble_is_the_formula_s() -> None:
+    timeline = plan(shipped("dsv3_671b"), 2048).pipeline(-1)
+    assert timeline is not None
+    assert timeline.schedule.num_micro_batches == 120
+    # (PP / 2 - 1)(F&B + B - 3W), where F&B takes F + B, B = 2F and W = F.
+    assert timeline.bubble == (16 / 2 - 1) * (3 + 2 - 3)
 
 
 def test_the_report_s_run_in_steps() -> None:
     began = time.process_time()
-    planned = plan(shipped("dsv3_671b"), 1024)
+    planned = plan(shipped("dsv3_671b"), 2048)
     assert time.process_time() - began < 4
     assert [(milestone.step, milestone.tokens // GB) for milestone in planned.milestones] == [
         (0, 0),
@@ -75,9 +85,23 @@ def test_the_report_s_run_in_steps() -> None:
 
 
 def test_the_report_s_run_fits_its_gpus() -> None:
-    planned = plan(shipped("dsv3_671b"), 1024)
+    planned = plan(shipped("dsv3_671b"), 2048)
     check_memory(shipped("dsv3_671b"), planned, 80e9 / GIB)
     assert len(planned.memories) == 16
+    assert planned.memory.on_device - planned.memory.peak == pytest.approx(GIB + 0.03 * planned.memory.peak, abs=1)
+
+
+def test_memory_is_shown_by_part_and_place() -> None:
+    lines = printed("dsv3_671b", width=100).split("\n")
+    first = next(number for number, line in enumerate(lines) if line.startswith("Memory along the pipeline"))
+    names, rows = lines[first + 1].split(), [line.split() for line in lines[first + 3 : first + 18]]
+    assert names == ["rank", "weights", "grads", "optim", "wait", "loss", "back", "kept", "peak", "GPU"]
+    assert [row[0] for row in rows] == [*map(str, range(7)), "7-8", *map(str, range(9, 16))]
+    for row in rows:
+        numbers = [float(number) for number in row[1:]]
+        assert sum(numbers[:-2]) == pytest.approx(numbers[-2], abs=0.4)
+        assert numbers[-1] > numbers[-2]
+    assert max(float(row[-1]) for row in rows) == float(rows[7][-1])
 
 
 def count_one_by_one(timeline: Timeline, train: TrainConfig) -> list[tuple[int, int, int]]:
@@ -122,30 +146,69 @@ def test_flops_of_the_run_are_those_of_its_tokens() -> None:
 
 ALONE = ("parallel.max_expert_rows=0", "parallel.pp=1", "parallel.ep=1", "parallel.schedule=1f1b")
 LARGER = ("train.micro_batch_size=2", "optimizer.moments=fp32")
-MASTERS = "masters and moments, 31.0 GiB; "
+MASTERS = "masters and moments, 31.0 GiB; the nearest layout that fits: "
 
 
 @pytest.mark.parametrize(
     ("name", "overrides", "gib", "message"),
     [
-        ("dsv3_2b", LARGER, 54, f"{MASTERS}train.micro_batch_size = 1 would fit"),
-        ("dsv3_2b", LARGER, 51, f'{MASTERS}parallel.recompute = ["block"] with train.micro_batch_size = 1 would fit'),
-        ("dsv3_2b", LARGER, 32, f"{MASTERS}4 ranks with train.micro_batch_size = 1 and"),
-        ("dsv3_671b", ALONE, 80, "masters and moments, 5086.0 GiB; even 256 ranks with train.micro_batch_size = 1 and"),
+        ("dsv3_2b", LARGER, 55, f"{MASTERS}--set train.micro_batch_size=1"),
+        ("dsv3_2b", LARGER, 52, f"{MASTERS}--set parallel.recompute='[\"block\"]'"),
+        ("dsv3_2b", LARGER, 32, f"{MASTERS}--world-size 2 --set"),
+        ("dsv3_671b", ALONE, 80, "masters and moments, 5086.0 GiB; the nearest layout that fits: --world-size 256 "),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_refused_with_a_remedy(
+def test_what_does_not_fit_is_refused_with_the_nearest_that_does(
     name: str, overrides: tuple[str, ...], gib: float, message: str
 ) -> None:
     config = shipped(name, *overrides)
     planned = plan(config, 1)
     with pytest.raises(UserError) as caught:
         check_memory(config, planned, gib)
-    needed = (planned.memory.peak + DEVICE_OVERHEAD) / GIB
+    needed = planned.memory.on_device / GIB
     assert str(caught.value).startswith(
         f"a rank needs {needed:.1f} GiB, more than --device-memory {gib}; the largest part is {message}"
     )
     check_memory(config, planned, needed + 0.01)
+    ranks, changes = parse_change(str(caught.value), 1)
+    changed = shipped(name, *overrides, *changes)
+    check_memory(changed, plan(changed, ranks), gib)
+
+
+def parse_change(message: str, ranks: int) -> tuple[int, list[str]]:
+    """The ranks and the values of --set that a message gives, as a shell reads them."""
+    words = shlex.split(message.rpartition(": ")[2])
+    options = dict(zip(words[::2], words[1::2], strict=True)) if "--world-size" in words else {}
+    return int(options.get("--world-size", ranks)), [
+        value for option, value in zip(words[::2], words[1::2], strict=True) if option == "--set"
+    ]
+
+
+def test_no_layout_fits_into_nothing() -> None:
+    config = shipped("tiny")
+    with pytest.raises(UserError, match="no layout of any number of ranks fits"):
+        check_memory(config, plan(config, 1), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "overrides", "reason"),
+    [
+        ("dsv3_2b", 7, (), "train.batch_size = 320 must be a multiple of"),
+        ("dsv3_2b", 8, ("parallel.ep=3",), "parallel.ep = 3 must divide"),
+        ("dsv3_671b", 2048, ("parallel.pp=15",), "2048 ranks cannot be divided"),
+    ],
+)
+def test_what_does_not_divide_is_refused_with_the_nearest_that_does(
+    name: str, ranks: int, overrides: tuple[str, ...], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [f"--set={override}" for override in overrides]
+    path = str(PROJECT / "configs" / f"{name}.toml")
+    assert main(["plan", path, "--world-size", str(ranks), *arguments]) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith(f"pretrain: {reason}")
+    assert "the nearest layout that divides: " in said
+    better, changes = parse_change(said, ranks)
+    plan(shipped(name, *overrides, *changes), better)
 
 
 def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,9 +216,9 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", config, "--device-memory", "80"]) == 0
     assert "2.77B, of which a token uses 517M" in capsys.readouterr().out
     assert main(["plan", config, "--device-memory", "40"]) == 2
-    assert "would fit" in capsys.readouterr().err
-    assert main(["plan", config, "--world-size", "7"]) == 2
-    assert "train.batch_size = 320 must be a multiple of" in capsys.readouterr().err
+    assert "the nearest layout that fits: " in capsys.readouterr().err
+    assert main(["plan", config, "--hardware", "nothing"]) == 2
+    assert "there is no such file; shipped are h100, h800" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["tiny", "dsv3_671b"])

@@ -10,12 +10,13 @@ from support import PROJECT
 
 from model.rope import yarn_mscale
 from pretrain.config import Config, load_config
-from pretrain.planning.plan import Plan, Stretch, plan, stretches
+from pretrain.planning.plan import Plan, plan
+from pretrain.planning.steps import Stretch, stretches
 from pretrain.planning.tables import render
 from pretrain.timeline import TimelineValues
 
 T, B = 10**12, 10**9
-RANKS = 1024
+RANKS = 2048
 
 
 def shipped(name: str, *overrides: str) -> Config:
