@@ -283,6 +283,14 @@ MISTAKES = {
         ["logging.fp8_every=-1"],
         "logging.fp8_every = -1 must not be negative; 0 is never",
     ),
+    "parts at negative steps": (
+        ["logging.parts_every=-3"],
+        "logging.parts_every = -3 must not be negative; 0 is never",
+    ),
+    "a project that trackers refuse": (
+        ["logging.project=a/b"],
+        "logging.project = 'a/b' must be a name without any of / \\ # ? % :, such as 'eva'",
+    ),
     "negative piece": (
         ["timeline.mtp_weight=[{value=-1, until=10}, {value=2}]"],
         "timeline.mtp_weight, piece 1: value = -1.0 must be a finite number, not below 0",
