@@ -231,3 +231,8 @@ def finish(process: subprocess.Popen[str], *, expect: int = 0) -> str:
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def read_events(run: Path) -> list[dict[str, Any]]:
+    """The lines of events.jsonl."""
+    return [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]

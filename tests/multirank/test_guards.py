@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from layout_runs import RUN
-from support import read_metrics, run_ranks, small_model_toml, write_dataset
+from support import read_events, read_metrics, run_ranks, small_model_toml, write_dataset
 from torch import Tensor
 
 import pretrain.guarding
@@ -165,6 +165,7 @@ def test_too_many_in_a_row_stop_with_a_report(tmp_path: Path, layout: list[str])
         assert "its own gradients of norm.weight" in answer["said"]
         assert "rank 0 on" not in answer["said"]
     assert len(read_metrics(run)) == 5
+    assert [(event["step"], event["kind"]) for event in read_events(run)][-3:] == [(n, "skip") for n in (3, 4, 5)]
 
 
 def test_a_spike_right_after_a_resume_is_skipped(tmp_path: Path) -> None:
@@ -194,6 +195,9 @@ def test_a_spike_rolls_back_and_leaves_its_samples_out(tmp_path: Path) -> None:
     assert [line["data_position"] for line in metrics] == [4, 8, 12, 16, *range(32, 56, 4)]
     assert [line["spikes"] for line in metrics] == [0, 0, 0, 0, 1, 1, 1, 1, 1, 1]
     assert "resumed after step 4" in (run / "log.txt").read_text()
+    events = [(event["step"], event["kind"]) for event in read_events(run)]
+    begun, gone_back = [(0, "start"), (4, "save")], [(7, "spike"), (7, "rollback"), (4, "resume")]
+    assert events == [*begun, *gone_back, (8, "save"), (10, "save"), (10, "finish")]
 
 
 def test_rolling_back_again_and_again_ends(tmp_path: Path) -> None:

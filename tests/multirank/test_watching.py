@@ -15,7 +15,7 @@ import pytest
 import torch
 from layout_runs import skew_routing, write_config
 from layouts import Layout
-from support import read_metrics, run_ranks, write_dataset
+from support import read_events, read_metrics, run_ranks, write_dataset
 from torch import nn
 
 import pretrain.loop
@@ -212,8 +212,11 @@ def test_a_run_writes_where_its_time_goes(folder: Path, tmp_path: Path) -> None:
     assert other > one + 8 * SLEEP_S
     assert phases["pipeline"] > 8 * SLEEP_S
     check_pipeline(json.loads((folder / "slow" / "pipeline.json").read_text()))
-    events = [json.loads(line) for line in (folder / "slow" / "events.jsonl").read_text().splitlines()]
-    assert [(event["step"], event["kind"]) for event in events] == [(0, "start"), (3, "save"), (3, "finish")]
+    assert [(event["step"], event["kind"]) for event in read_events(folder / "slow")] == [
+        (0, "start"),
+        (3, "save"),
+        (3, "finish"),
+    ]
 
 
 def check_pipeline(drawn: dict[str, Any]) -> None:
