@@ -27,6 +27,7 @@ from pretrain.loss_gap import (
 )
 from pretrain.reports.config_values import differing, show_value
 from pretrain.reports.page import Card, Facts, image_file, page
+from pretrain.reports.pictures import picture
 from pretrain.reports.plots import MAX_POINTS, Line, Panel, draw_panels
 from pretrain.reports.run_record import RunRecord, read_record
 from pretrain.reports.series import Column
@@ -117,7 +118,7 @@ def measure(pair: RunPair) -> LossGap:
 def write_comparison(gap: LossGap, out: Path) -> None:
     """Writes compare.html, compare.svg and compare.json to `out`, and prints the table."""
     panels = [_gap_panel(gap), _loss_panel(gap, 0)]
-    picture = draw_panels(gap.series.tokens, panels)
+    drawing = draw_panels(gap.series.tokens, panels)
     config_text = f"# A\n{gap.record_a.config_text}\n# B\n{gap.record_b.config_text}"
     content = page(
         title=f"{gap.pair.name_a} against {gap.pair.name_b}",
@@ -127,7 +128,7 @@ def write_comparison(gap: LossGap, out: Path) -> None:
         config_text=config_text,
         kind=_KIND,
     )
-    for name, text in ((PAGE, content), (PICTURE, image_file(picture)), (NUMBERS, _to_json(gap))):
+    for name, text in ((PAGE, content), (PICTURE, image_file(drawing)), (NUMBERS, _to_json(gap))):
         write_atomically(out / name, text.encode("utf-8", errors="replace"))
     _print_table(gap)
     print(_conclude(gap))
@@ -163,11 +164,11 @@ def _held_out(record: RunRecord, last_step: int | None) -> dict[float, float]:
 
 def _cards(gap: LossGap) -> Iterator[Card]:
     series = gap.series
-    yield Card("Relative gap of the loss", draw_panels(series.tokens, [_gap_panel(gap)]), _gap_facts(gap))
+    yield Card("Relative gap of the loss", picture(series.tokens, [_gap_panel(gap)]), _gap_facts(gap))
     begin = len(series.steps) - last_steps(len(series.steps))
     facts = [(f"{name}, {part}", f"{loss:.4f}") for name, part, loss in _losses(gap)]
-    late = draw_panels(series.tokens[begin:], [_loss_panel(gap, begin)])
-    yield Card("Loss", draw_panels(series.tokens, [_loss_panel(gap, 0)]), facts)
+    late = picture(series.tokens[begin:], [_loss_panel(gap, begin)])
+    yield Card("Loss", picture(series.tokens, [_loss_panel(gap, 0)]), facts)
     yield Card("Loss over the last fifth", late, ())
     if gap.seeds:
         shown = [
@@ -178,7 +179,7 @@ def _cards(gap: LossGap) -> Iterator[Card]:
         facts = [(f"seed {number}", _interval(other.end)) for number, other in enumerate(gap.seeds, 1)]
         facts += [("two such runs differ by (standard deviation)", f"{100 * gap.floor:.3f} %")]
         note = "Runs like A on the same samples, but with other initial weights: what chance alone does."
-        yield Card("A with other seeds", draw_panels(series.tokens, [panel]), facts, note=note)
+        yield Card("A with other seeds", picture(series.tokens, [panel]), facts, note=note)
     yield Card("What differs", "", _told_differences(gap) or [("all keys", "the same")])
 
 

@@ -80,7 +80,7 @@ def events(record: RunRecord) -> Card:
     happened = {
         kind: np.array([record.tokens_at(event.step) for event in record.events if event.kind == kind])
         for kind in _MARKED
-        if kind == "skip" or any(event.kind == kind for event in record.events)
+        if any(event.kind == kind for event in record.events) or (kind == "skip" and np.isfinite(skips).any())
     }
     lines = []
     for place, (kind, when) in enumerate(happened.items()):

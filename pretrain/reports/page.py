@@ -29,7 +29,8 @@ h2 { margin: 0 0 12px; font-size: 19px; }
 .tiles div { background: var(--card); border: 1px solid var(--grid); border-radius: 10px; padding: 12px 16px; }
 .tiles dt { color: var(--faint); font-size: 14px; }
 .tiles dd { margin: 0; font-size: clamp(18px, 5vw, 23px); font-weight: 650; font-variant-numeric: tabular-nums; }
-.cards { display: grid; gap: 20px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); }
+.cards { display: grid; grid-auto-flow: dense; gap: 20px;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); }
 section { background: var(--card); border: 1px solid var(--grid); border-radius: 12px; min-width: 0;
   padding: clamp(14px, 3vw, 22px); }
 section.wide { grid-column: 1 / -1; }

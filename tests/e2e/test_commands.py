@@ -153,7 +153,7 @@ def test_plan_prints_the_saving_of_the_cache() -> None:
 
 def test_help_from_an_empty_folder(tmp_path: Path) -> None:
     assert "example: python -m pretrain train" in run("--help", folder=tmp_path)
-    for command in ("train", "plan", "report", "export", "import", "eval", "generate"):
+    for command in ("train", "plan", "report", "watch", "export", "import", "eval", "generate"):
         assert f"pretrain {command}" in run(command, "--help", folder=tmp_path)
 
 
