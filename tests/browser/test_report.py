@@ -114,7 +114,7 @@ def test_every_plot_has_its_table(everything: Path, opened: Open) -> None:
     ("faults", "named"),
     [
         (Faults(dead=(("2", 5, 120),)), "Dead expert: layer 2, expert 5: no token since step 130"),
-        (Faults(slow=(3, 1.4, 150)), "Slow rank: rank 3 computes 39 % longer"),
+        (Faults(slow=(3, 1.4, 150)), "Slow rank: rank 3 computes 40 % longer"),
         (Faults(spikes={200: 1.5}), "Loss spike at step 200"),
     ],
 )
