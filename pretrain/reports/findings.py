@@ -12,7 +12,7 @@ import numpy as np
 from pretrain.reports.loss_spikes import Spike, find_spikes
 from pretrain.reports.rank_times import find_slow_ranks
 from pretrain.reports.run_record import Event, RunRecord
-from pretrain.reports.series import Column
+from pretrain.reports.series import Column, as_number
 from pretrain.units import short
 
 # So many are named one by one; the rest is counted.
@@ -168,8 +168,8 @@ def _untrained_parts(record: RunRecord) -> Iterator[Finding]:
 
 
 def _memory(record: RunRecord) -> Iterator[Finding]:
-    size, used = record.origin.get("device_memory_gib"), record.columns["max_memory_gib"]
-    if not isinstance(size, int | float) or isinstance(size, bool) or not size > 0 or not np.isfinite(used).any():
+    size, used = as_number(record.origin.get("device_memory_gib")), record.columns["max_memory_gib"]
+    if not size > 0 or not np.isfinite(used).any():
         return
     most = float(np.nanmax(used))
     if most >= _MEMORY_ODD * size:

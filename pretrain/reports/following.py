@@ -2,7 +2,6 @@
 
 import os
 import time
-import tomllib
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 
 from pretrain.errors import UserError
 from pretrain.recorder import METRICS
-from pretrain.reports.run_record import CONFIG, EVENTS, Event, parse_step, read_events
+from pretrain.reports.run_record import CONFIG, EVENTS, Event, parse_config_text, parse_step, read_events
 from pretrain.reports.series import as_number
 
 # Of metrics that are there already, so much of the newest is read; and so much at a time of what comes.
@@ -161,6 +160,6 @@ def _median(values: list[float]) -> float:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError):
+        return parse_config_text(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}

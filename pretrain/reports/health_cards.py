@@ -7,7 +7,7 @@ import numpy as np
 from pretrain.reports.facts import known, of
 from pretrain.reports.findings import skipped_steps
 from pretrain.reports.page import Card, table
-from pretrain.reports.pictures import picture
+from pretrain.reports.pictures import picture, show
 from pretrain.reports.plots import Line, Panel
 from pretrain.reports.run_record import Event, RunRecord
 
@@ -104,7 +104,7 @@ def _list(happened: tuple[Event, ...]) -> str:
     saves = [event for event in happened if event.kind == "save"][-_MAX_SAVES:]
     others = [event for event in happened if event.kind != "save"][-_MAX_EVENTS:]
     shown = sorted([*saves, *others], key=lambda event: np.nan_to_num(event.time))
-    rows = [[_when(event.time), f"{event.step:,.0f}", event.kind, event.text[:500]] for event in reversed(shown)]
+    rows = [[_when(event.time), show(event.step), event.kind, event.text[:500]] for event in reversed(shown)]
     caption = (
         f"the newest {len(rows)} of {len(happened):,}, newest first" if len(rows) < len(happened) else "newest first"
     )

@@ -12,6 +12,7 @@ from pretrain.reports.page import Card
 from pretrain.reports.pictures import picture
 from pretrain.reports.plots import Line, Mark, Panel
 from pretrain.reports.run_record import RunRecord
+from pretrain.reports.series import as_number
 
 _MIN_STEPS_TO_ZOOM = 50
 # Of the width of a plot: marks nearer than this share a label.
@@ -130,12 +131,12 @@ def parsed(record: RunRecord) -> Config | None:
     """The configuration of the run, None where this version does not know its keys."""
     try:
         return parse_config(record.config)
-    except (UserError, ValueError, RecursionError):
+    except (UserError, ValueError, TypeError, OverflowError, RecursionError):
         return None
 
 
 def _clip(record: RunRecord) -> float:
     """The norm above which gradients were clipped, 0 if none."""
     optimizer = record.config.get("optimizer")
-    clip = optimizer.get("clip", 0) if isinstance(optimizer, dict) else 0
-    return float(clip) if isinstance(clip, int | float) and 0 < clip < math.inf else 0.0
+    clip = as_number(optimizer.get("clip")) if isinstance(optimizer, dict) else 0.0
+    return clip if clip > 0 else 0.0

@@ -27,6 +27,8 @@ COLUMNS = (
     "time",
 )  # fmt: skip
 _MAX_EVENTS = 20_000
+# Of tables in one another; a configuration has three.
+_MAX_DEPTH = 20
 # What is told of the lines read: once for so many bytes.
 _BYTES_TOLD = 1 << 20
 
@@ -120,9 +122,26 @@ def parse_step(line: bytes) -> dict[str, Any] | None:
 def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
-        return text, tomllib.loads(text)
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        return text, parse_config_text(text)
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}; it is written when a run starts, so train first") from None
+
+
+def parse_config_text(text: str) -> dict[str, Any]:
+    """The tables of a configuration. Raises ValueError or RecursionError where it is none, or tables lie deeper in one
+    another than any configuration's."""
+    config = tomllib.loads(text)
+    if _depth(config) > _MAX_DEPTH:
+        raise ValueError(f"tables lie more than {_MAX_DEPTH} deep in one another")
+    return config
+
+
+def _depth(table: dict[str, Any]) -> int:
+    """How many tables lie in one another, as far as it matters."""
+    depth, level = 0, [table]
+    while level and depth <= _MAX_DEPTH:
+        depth, level = depth + 1, [inner for outer in level for inner in outer.values() if isinstance(inner, dict)]
+    return depth
 
 
 class _Metrics:
@@ -188,7 +207,7 @@ def _parse_object(text: bytes) -> dict[str, Any] | None:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
+    return value if isinstance(value, dict) and _depth(value) <= _MAX_DEPTH else None
 
 
 def _parse_event(line: bytes) -> Event | None:

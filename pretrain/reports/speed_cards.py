@@ -9,6 +9,7 @@ from pretrain.reports.pictures import picture, show
 from pretrain.reports.plots import Line, Panel
 from pretrain.reports.rank_times import busy_seconds
 from pretrain.reports.run_record import RunRecord
+from pretrain.reports.series import as_number
 from pretrain.units import short
 
 # In the order of a step, with their names on the page.
@@ -43,9 +44,8 @@ def throughput(record: RunRecord) -> Card:
 
 def memory(record: RunRecord) -> Card:
     """The most memory so far."""
-    used, size = record.columns["max_memory_gib"], record.origin.get("device_memory_gib")
-    is_known = isinstance(size, int | float) and not isinstance(size, bool) and 0 < size < 1e9
-    limit = (float(size), f"the device's {size:.1f} GiB") if is_known and isinstance(size, int | float) else None
+    used, size = record.columns["max_memory_gib"], as_number(record.origin.get("device_memory_gib"))
+    limit = (size, f"the device's {size:.1f} GiB") if 0 < size < 1e9 else None
     panel = Panel("most so far on the first rank, GiB", [Line("memory", used)], from_zero=True, limit=limit)
     facts = known(
         ("memory, highest", of(used, np.max, "{:.1f} GiB".format)),

@@ -354,3 +354,32 @@ def test_a_report_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: py
     with pytest.raises(OSError, match="disk full"):
         write_report(folder)
     assert (folder / "report.html").read_text() == "the old one"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        f"[{'.'.join('a' * 3000)}]",
+        "a = " + "1" * 5000,
+        "a = " + "[" * 3000 + "]" * 3000,
+        "[optimizer]\nclip = 1" + "0" * 400,
+        "[train]\nsteps = 1" + "0" * 400 + "\n[parallel]\npp = 1" + "0" * 400,
+        "[timeline]\nlearning_rate = [{ value = 1, until = inf }]",
+        "run = 3\nparallel = []\noptimizer = nan",
+    ],
+)
+def test_configurations_that_nobody_wrote(tmp_path: Path, config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A page, or one line that says why not."""
+    folder = typical_run(tmp_path / "run", 5)
+    (folder / "config.toml").write_text(config)
+    (folder / "origin.json").write_text('{"base": {"values": ' + '{"a":' * 300 + "1" + "}" * 302)
+    for command in (["report", str(folder)], ["watch", "--once", str(folder)]):
+        assert main(command) in (0, 2)
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_numbers_without_end(tmp_path: Path) -> None:
+    folder = typical_run(tmp_path / "run", 5)
+    (folder / "origin.json").write_text('{"device_memory_gib": 1' + "0" * 400 + "}")
+    (folder / "events.jsonl").write_text('{"kind": "save", "text": "x", "time": 1' + "0" * 400 + "}\n")
+    assert report_of(folder).open == []
