@@ -58,7 +58,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_run_folder(trained: Path) -> None:
     names = {path.name for path in (trained / "tiny").iterdir()}
-    assert names == {"config.toml", "metrics.jsonl", "checkpoints", "tensorboard", "log.txt", "lock", "origin.json"}
+    assert names == {
+        "config.toml",
+        "metrics.jsonl",
+        "checkpoints",
+        "tensorboard",
+        "log.txt",
+        "events.jsonl",
+        "lock",
+        "origin.json",
+    }
     last = json.loads((trained / "tiny" / "metrics.jsonl").read_text().splitlines()[-1])
     wanted = [
         "step",
@@ -167,4 +176,4 @@ def test_data_that_does_not_fit_is_refused_before_the_first_step(trained: Path) 
         start_training(Path("configs/tiny.toml"), *here, data, "model.vocab_size=320", "train.batch_size=6"), expect=2
     )
     assert "train.batch_size = 6 must be a multiple of train.micro_batch_size" in output
-    assert not (trained / "refused").exists()
+    assert [path.name for path in (trained / "refused").iterdir()] == ["lock"]

@@ -241,6 +241,8 @@ def test_a_flipped_bit_is_found(tmp_path: Path, name: str, layout: list[str]) ->
         assert "ranks 0 against 1 (" in answer["said"]
         assert answer["said"].count("against") == 1
     assert len(read_metrics(run)) == 2
+    last = read_events(run)[-1]
+    assert (last["step"], last["kind"], last["text"]) == (2, "unequal", answers[0]["said"])
 
 
 @pytest.mark.parametrize(

@@ -143,8 +143,10 @@ def lose_the_disk(rank: int, config_file: Path, broken_rank: int, in_background:
     saver.finish()
     torch.distributed.barrier()
     seen.append((saver.failed, sorted(path.name for path in (run.folder / "checkpoints").iterdir())))
-    lines = [news.line for news in saver.news()]
+    told = saver.news()
+    lines = [news.line for news in told]
     if rank == 0:
+        assert [(news.step, news.is_failure) for news in told] == [(1, False), (2, True), (3, False)]
         assert [re.sub(r" in [\d.]+ s.*", "", line) for line in lines if "could not" not in line] == [
             "saved step 1",
             "saved step 3",
