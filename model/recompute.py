@@ -56,7 +56,7 @@ class Recompute:
 
     def __init__(self, parts: frozenset[str] = frozenset()) -> None:
         self.parts = parts
-        # By the address of a result's memory, which stays in use until the region ends.
+        # By the storage of a result, which lasts until the region ends.
         self._known: dict[int, tuple[_Recipe, int, Tensor]] = {}
 
     def again(self, part: Recomputable, function: Callable[..., Result], *inputs: Tensor) -> Result:
@@ -78,7 +78,7 @@ class Recompute:
             return
         recipe = _Recipe(function, tuple(tensor.detach() for tensor in inputs))
         for number, result in enumerate(results if isinstance(results, tuple) else (results,)):
-            self._known[result.untyped_storage().data_ptr()] = recipe, number, result.detach()
+            self._known[result.untyped_storage()._cdata] = recipe, number, result.detach()
 
     @contextmanager
     def region(self) -> Iterator[None]:
@@ -93,8 +93,7 @@ class Recompute:
             self._known.clear()
 
     def _pack(self, tensor: Tensor) -> Tensor | _Kept:
-        # Empty tensors all lie at the same address, that is at none.
-        found = self._known.get(tensor.untyped_storage().data_ptr()) if tensor.numel() else None
+        found = self._known.get(tensor.untyped_storage()._cdata)
         if found is None:
             return tensor
         recipe, number, _ = found

@@ -96,6 +96,10 @@ def _add_train_and_plan(commands: "argparse._SubParsersAction[argparse.ArgumentP
         help="what to predict speed for: a file, or a name in configs/hardware (default: h100)",
     )
     plan.add_argument("--search", action="store_true", help="print the fastest layouts that fit instead")
+    plan.add_argument(
+        "--dry-run", action="store_true", help="also run a step of three ranks, on tensors without memory"
+    )
+    plan.add_argument("--rank", type=_whole(0), metavar="R", help="dry-run this rank instead of three")
     _add_report_and_watch(commands)
 
 

@@ -35,13 +35,18 @@ def plan(arguments: Namespace) -> int:
     """`plan CONFIG`."""
     from pretrain.planning.plan import plan_command
 
+    config = load_config(arguments.config, arguments.set)
     plan_command(
-        load_config(arguments.config, arguments.set),
+        config,
         arguments.world_size,
         arguments.device_memory,
         arguments.hardware,
         searches=arguments.search,
     )
+    if arguments.dry_run or arguments.rank is not None:
+        from pretrain.planning.dry_run import dry_run_command
+
+        dry_run_command(config, arguments.world_size, arguments.rank)
     return DONE
 
 
