@@ -21,3 +21,9 @@ def test_installed_packages_run_from_an_empty_folder(tmp_path: Path) -> None:
         command = [sys.executable, "-m", package, "--help"]
         shown = subprocess.run(command, cwd=empty, env=environment, check=True, capture_output=True, text=True).stdout
         assert "example" in shown
+    for package in ("model", "parallel", "data", "pretrain"):
+        modules = {path.relative_to(PROJECT) for path in (PROJECT / package).rglob("*.py")}
+        assert modules == {path.relative_to(site) for path in (site / package).rglob("*.py")}
+    command = [sys.executable, "-m", "pretrain", "plan", str(PROJECT / "configs" / "small.toml")]
+    shown = subprocess.run(command, cwd=empty, env=environment, check=True, capture_output=True, text=True).stdout
+    assert "Predicted on H100" in shown
