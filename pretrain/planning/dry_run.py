@@ -70,6 +70,11 @@ def dry_run(config: Config, world_size: int, rank: int, *, planned: Memory, on_g
     """Runs a step of as many micro-batches as fill the pipeline, if there are so many. `on_gpu` takes the paths of a
     GPU. Raises UserError, with what does not fit, where the step fails."""
     start = time.perf_counter()
+    if config.precision.fp8 != "off":
+        raise UserError(
+            f'--dry-run cannot run precision.fp8 = "{config.precision.fp8}", whose products are kernels of others; add '
+            "--set precision.fp8=off"
+        )
     # A step that repeats its bits, which this one has none of, would change settings of the process.
     config = replace(config, run=replace(config.run, deterministic=False))
     place = Place(rank, world_size, rank % NODE_SIZE, torch.device("cpu"), NODE_SIZE)

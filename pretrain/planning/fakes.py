@@ -133,9 +133,9 @@ class Mirror(TorchDispatchMode):
         if tensor.dtype.is_floating_point:
             # Losses and norms: they only must be finite.
             return 1.0
-        if tensor.dtype == torch.bool:
+        if tensor.dtype in (torch.bool, torch.uint8):
             # Whether something is amiss with them: nothing is.
-            return False
+            return 0
         raise UnknownValueError(f"a step read a whole number that a dry run does not know, of {tuple(tensor.shape)}")
 
     def _follow(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:

@@ -112,6 +112,12 @@ def test_a_stage_that_gives_a_wrong_shape_is_found(tmp_path: Path, monkeypatch: 
         dry(config_of(tmp_path, "parallel.zero_stage=0"), 0)
 
 
+def test_fp8_is_refused(tmp_path: Path) -> None:
+    config = config_of(tmp_path, "precision.dtype=bf16")
+    with pytest.raises(UserError, match=r'--dry-run cannot run precision\.fp8 = "block"'):
+        dry(replace(config, precision=replace(config.precision, fp8="block")), 0)
+
+
 def test_an_estimate_that_is_wrong_shows(tmp_path: Path) -> None:
     """Planted: an estimate of which a part is 10 % of the whole too small."""
     result = dry(config_of(tmp_path, "parallel.zero_stage=0"), 0)
