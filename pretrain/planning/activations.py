@@ -90,10 +90,12 @@ class Activations:
         )
         return again + experts
 
-    def logits(self) -> int:
+    def logits(self, device: str = "cuda") -> int:
         """Bytes that last while a loss is made: the logits of a batch or of the largest piece of it and, where pieces
-        are several, the sum of their gradients of the head's weight."""
-        pieces = self.num_bytes * min(self.tokens, LOSS_CHUNK) * self.model.vocab_size
+        are several, the sum of their gradients of the head's weight. On a CPU, their logarithms too, and logits that
+        are not in fp32 once more."""
+        on_cpu = _FP32 * (1 if self.num_bytes == _FP32 else 2) if device == "cpu" else 0
+        pieces = (self.num_bytes + on_cpu) * min(self.tokens, LOSS_CHUNK) * self.model.vocab_size
         return pieces + (_FP32 * self.model.vocab_size * self.model.hidden_size if self.tokens > LOSS_CHUNK else 0)
 
     def loss(self) -> int:

@@ -5,7 +5,7 @@ import torch
 from pretrain.config import Config
 from pretrain.fp8 import fp8_config
 from pretrain.planning.activations import NODE_SIZE, Activations
-from pretrain.planning.memory import Memory, least_held, rank_memories
+from pretrain.planning.memory import Device, Memory, least_held, rank_memories
 
 
 def activations_of(config: Config, *, seq_len: int, node_size: int = NODE_SIZE) -> Activations:
@@ -21,7 +21,7 @@ def activations_of(config: Config, *, seq_len: int, node_size: int = NODE_SIZE) 
     )
 
 
-def memories_of(config: Config, world_size: int) -> tuple[Memory, ...]:
+def memories_of(config: Config, world_size: int, device: Device = "cuda") -> tuple[Memory, ...]:
     """Of a rank at each place of the pipeline, with the longest sequences and the largest batch of the run."""
     timeline, train = config.timeline, config.train
     lengths = [piece.value for piece in timeline.seq_len] if isinstance(timeline.seq_len, tuple) else []
@@ -34,6 +34,7 @@ def memories_of(config: Config, world_size: int) -> tuple[Memory, ...]:
         world_size=world_size,
         num_micro_batches=max(sizes) // (data_ranks * train.micro_batch_size),
         fp8=fp8_config(config, "cuda"),
+        device=device,
     )
 
 

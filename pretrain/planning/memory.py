@@ -13,6 +13,7 @@ the two.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Literal
 
 import torch
 
@@ -34,6 +35,8 @@ DRIVER = GIB
 """What a GPU's driver, libraries and channels of collectives take beside tensors."""
 FRAGMENTATION = 0.03
 """Of the peak, what an allocator holds in gaps: allowed for, not measured."""
+
+Device = Literal["cuda", "cpu"]
 
 _FP32 = 4
 _ALIGNMENT = 2
@@ -136,8 +139,10 @@ def rank_memories(
     world_size: int,
     num_micro_batches: int,
     fp8: Fp8Config | None = None,
+    device: Device = "cuda",
 ) -> tuple[Memory, ...]:
-    """The memory of a rank at each place of the pipeline, all micro-batches of which are `num_micro_batches`."""
+    """The memory of a rank at each place of the pipeline, all micro-batches of which are `num_micro_batches`. Where the
+    device is a CPU, what our kernels do in one pass leaves tensors on the way."""
     parallel, model = activations.parallel, activations.model
     shape = parallel.mesh_shape(world_size)
     division = _division(parallel, dtype, optimizer, shape)
@@ -148,7 +153,7 @@ def rank_memories(
         part = part_of_rank(model, shape, pipeline.schedule, place * shape.batch_ranks)
         sizes = parameter_sizes(model, part)
         live = _activations(activations, pipeline, place, defers=parallel.zero_stage < 2)
-        logits, gradient = (activations.logits() if part.head else 0), dtype.itemsize * sizes.largest
+        logits, gradient = (activations.logits(device) if part.head else 0), dtype.itemsize * sizes.largest
         # What the losses kept is gone before layers run again; the logits are, before anything else is made.
         loss = activations.loss() if part.head else 0
         backward = max(logits, gradient, activations.working(part.layers) + gradient - loss)
@@ -160,7 +165,7 @@ def rank_memories(
                     *_rounded(model, part, fp8),
                     Part("backward pass", backward, "its largest gradients, what it computes again"),
                 ),
-                step=_step_buffers(sizes, division),
+                step=_step_buffers(sizes, division, device),
                 live=pipeline.peaks[place],
                 on_host=_optimizer_bytes(sizes, division) if division.offload else 0,
             )
@@ -276,8 +281,8 @@ def _held(sizes: ParameterSizes, division: Division) -> tuple[Part, ...]:
     parts = [Part("weights", width * (shares if is_divided else whole), f"{name}, {place}")]
     if division.stage >= 2:
         parts.append(Part("gradient sums", _FP32 * shares, "fp32, shared out over replicas"))
-        waiting = min(BUCKET_ELEMENTS + sizes.largest, sizes.all)
-        parts.append(Part("gradients", width * waiting, f"{name}, until they are reduced"))
+        bucket = (_FP32 if is_divided else width) * max(BUCKET_ELEMENTS, sizes.largest)
+        parts.append(Part("gradients", bucket, "a bucket, until they are reduced"))
     elif width < _FP32:
         parts.append(Part("gradient sums", _FP32 * whole, "fp32, whole on every rank"))
     else:
@@ -324,13 +329,19 @@ def _shares(sizes: ParameterSizes, division: Division) -> int:
     return sum(-(-numel // (_ALIGNMENT * ranks)) * _ALIGNMENT for numel, ranks in _groups(sizes, division))
 
 
-def _step_buffers(sizes: ParameterSizes, division: Division) -> tuple[Part, ...]:
+def _step_buffers(sizes: ParameterSizes, division: Division, device: Device) -> tuple[Part, ...]:
     """Without ZeRO, and for bf16 weights in stage 1, all happens where gradients and weights are; those whose masters
-    are elsewhere pass through a bucket."""
-    if division.stage == 0:
-        return ()
-    if division.stage == 1 and division.dtype != torch.float32:
-        bucket = Part("reduction", _FP32 * BUCKET_ELEMENTS, "a bucket of gradients in fp32")
-        return (bucket,) if division.offload else ()
-    share = max(-(-numel // ranks) for numel, ranks in _groups(sizes, division))
-    return (Part("own gradients", _FP32 * share, "this rank's share, flat"),)
+    are elsewhere, and those of fp32 in stage 1, pass through a bucket before anything else is made."""
+    shares = [-(-numel // ranks) for numel, ranks in _groups(sizes, division)]
+    is_fp32 = division.dtype == torch.float32
+    bucket = Part("reduction", _FP32 * BUCKET_ELEMENTS, "a bucket of gradients in fp32")
+    if division.stage == 1 and not is_fp32 and division.offload:
+        return (bucket,)
+    parts = []
+    if division.stage > 1 or (division.stage == 1 and is_fp32):
+        parts.append(Part("own gradients", _FP32 * max(shares), "this rank's share, flat"))
+    if device == "cpu" and not division.offload:
+        updated = max(shares) if division.stage else sizes.largest
+        parts.append(Part("update", 2 * _FP32 * updated, "what AdamW computes on the way"))
+    passes_bucket = division.stage == 1 and is_fp32
+    return (bucket,) if passes_bucket and bucket.bytes > total(tuple(parts)) else tuple(parts)
