@@ -229,7 +229,7 @@ def _distance(one: Config, other: Config) -> float:
         getattr(here, name) != getattr(there, name)
         for name in ("schedule", "zero_stage", "recompute", "max_expert_rows")
     )
-    return 2 * axes + sizes + others
+    return 2 * axes + sizes + 1.1 * others
 
 
 def _divides(config: Config, world_size: int) -> bool:

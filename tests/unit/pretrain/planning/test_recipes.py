@@ -189,3 +189,28 @@ def test_each_stage_begins_where_the_one_before_ended(config: Config) -> None:
     assert first.run.init_from == str(config.run.folder)
     assert second.run.init_from == str(first.run.folder)
     assert first.model.rope_scaling == second.model.rope_scaling
+
+
+@pytest.mark.parametrize("name", ["small", "dsv3_2b", "dsv3_16b"])
+def test_smaller_models_follow_the_rules_that_they_state(name: str, config: Config) -> None:
+    """Learning rate and batch by the compute C (DeepSeek LLM, arXiv 2401.02954), the timeline by shares of its
+    tokens."""
+    smaller = shipped(name)
+    planned = plan(smaller, 1)
+    highest = max(milestone.values.learning_rate for milestone in planned.milestones)
+    batch = smaller.full_timeline.at(0).batch_size * smaller.train.seq_len
+    assert highest == pytest.approx(0.3118 * planned.flops**-0.1250, rel=0.05)
+    assert batch == pytest.approx(0.2920 * planned.flops**0.3271, rel=0.07)
+    ends = [
+        [piece.until / run.train.tokens for piece in run.timeline.learning_rate if piece.until is not None]
+        for run in (smaller, config)
+        if isinstance(run.timeline.learning_rate, tuple) and run.train.tokens is not None
+    ]
+    assert ends[0][1:] == pytest.approx(ends[1][1:], rel=0.002)
+    rates = [
+        [piece.value / highest for piece in run.timeline.learning_rate]
+        for run, highest in ((smaller, highest), (config, 2.2e-4))
+        if isinstance(run.timeline.learning_rate, tuple)
+    ]
+    assert rates[0] == pytest.approx(rates[1], rel=0.04)
+    assert planned.milestones[1].step == 2000
