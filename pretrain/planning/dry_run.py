@@ -8,10 +8,12 @@ Tokens choose experts evenly, as in the estimate of `plan`. The allocator's loss
 not seen.
 """
 
+import multiprocessing
 import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import product
@@ -21,6 +23,7 @@ from unittest.mock import patch
 import torch
 from rich import box
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 from torch import distributed as dist
@@ -204,10 +207,19 @@ def dry_run_command(config: Config, world_size: int, rank: int | None) -> None:
     if rank is not None and rank >= world_size:
         raise UserError(f"--rank {rank} must be below --world-size {world_size}")
     planned = plan(config, world_size)
-    results = []
-    for chosen in default_ranks(config, world_size) if rank is None else (rank,):
-        place = chosen * config.parallel.pp // world_size
-        results.append(dry_run(config, world_size, chosen, planned=planned.memories[place]))
+    ranks = default_ranks(config, world_size) if rank is None else (rank,)
+    memories = [planned.memories[chosen * config.parallel.pp // world_size] for chosen in ranks]
+    # Tensors without memory are made one by one, by one core a rank.
+    fork = multiprocessing.get_context("fork")
+    bar = Progress(*Progress.get_default_columns(), console=Console(stderr=True), transient=True)
+    with bar, ProcessPoolExecutor(min(len(ranks), os.cpu_count() or 1), fork, torch.set_num_threads, (1,)) as pool:
+        runs = [
+            pool.submit(dry_run, config, world_size, chosen, planned=memory)
+            for chosen, memory in zip(ranks, memories, strict=True)
+        ]
+        for _ in bar.track(as_completed(runs), total=len(runs), description="ranks"):
+            pass
+    results = [run.result() for run in runs]
     Console(highlight=False).print(_table(results))
     print(
         "The step ran without memory, on the paths of a GPU: model, dispatch, pipeline, and DeepSpeed at its end. Its "
