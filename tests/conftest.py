@@ -1,6 +1,6 @@
 """One thread in every test: the same sums in a process and in its forks, and no crowd on two cores. No test leaves a
-group of processes behind, which forks of later tests would find. Tests that share something costly stay on one worker.
-And the table of layouts, at the end of a run that tried any."""
+group of processes behind, which forks of later tests would find. And the table of layouts, at the end of a run that
+tried any."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -16,14 +16,6 @@ torch.set_num_threads(1)
 def no_group_is_left() -> Iterator[None]:
     yield
     assert not dist.is_initialized()
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if "slurm" in item.path.parts:
-            item.add_marker(pytest.mark.xdist_group("slurm"))
-        elif not {"multirank", "unit"} & set(item.path.parts):
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

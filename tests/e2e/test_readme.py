@@ -23,6 +23,7 @@ def test_commands_in_order(tmp_path: Path) -> None:
     (tmp_path / "configs").mkdir()
     config = SMALL_RUN.format(folder="runs", model=small_model_toml(vocab_size=4096))
     # Enough sequences for eight ranks.
+    config = config.replace('dtype = "fp32"', 'dtype = "bf16"')
     for few, more in (("start = 4", "start = 16"), ("value = 12", "value = 32"), ("multiple = 4", "multiple = 16")):
         config = config.replace(few, more)
     (tmp_path / "configs" / "small.toml").write_text(config)
