@@ -13,15 +13,18 @@ from typing import Any
 @contextmanager
 def skipping_launches(instead: Callable[[tuple[Any, ...]], None]) -> Iterator[None]:
     """Where tensors have no memory: hands the arguments of every kernel to `instead`, and launches nothing."""
+    from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
-    launch = JITFunction.run
+    launches: dict[Any, Any] = {kernel: kernel.run for kernel in (JITFunction, InterpretedFunction)}
 
     def skip(kernel: Any, *arguments: Any, **_: Any) -> None:
         instead(arguments)
 
-    JITFunction.run = skip
+    for kernel in launches:
+        kernel.run = skip
     try:
         yield
     finally:
-        JITFunction.run = launch
+        for kernel, launch in launches.items():
+            kernel.run = launch

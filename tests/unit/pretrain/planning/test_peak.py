@@ -8,6 +8,7 @@ import pytest
 import torch
 from support import PROJECT, run_ranks, write_dataset
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -43,9 +44,11 @@ class Alive(TorchDispatchMode):
         return out
 
     def see(self, tensor: Tensor) -> None:
-        """Counts the storage of a tensor from now on."""
+        """Counts the storage of a tensor from now on, but not of those without memory that dry runs left behind."""
+        if isinstance(tensor, FakeTensor) or tensor.is_meta:
+            return
         storage = tensor.untyped_storage()
-        if storage._cdata not in self._alive and not tensor.is_meta:
+        if storage._cdata not in self._alive:
             self._alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
 
     def now(self) -> int:
