@@ -17,6 +17,7 @@ from collections.abc import Callable
 from datetime import date
 from importlib.util import find_spec
 from statistics import median
+from time import perf_counter
 from typing import NamedTuple
 
 import torch
@@ -94,8 +95,6 @@ class Clock:
 
     def _milliseconds(self, work: Work) -> float:
         if self._device == "cpu":
-            from time import perf_counter
-
             began = perf_counter()
             work()
             return 1000 * (perf_counter() - began)
