@@ -1,5 +1,6 @@
 """Eva's side of step_speed.py: what `pretrain train` runs in each step, from `assemble` and `train_step`."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -48,9 +49,9 @@ class EvaSide:
     def _mark_optimizer(self) -> None:
         step = self._run.optimizer.step
 
-        def marked(learning_rate: float) -> tuple[float, bool]:
+        def marked(learning_rate: float, accepts: Callable[[float], bool]) -> tuple[float, bool]:
             with torch.profiler.record_function("optimizer"):
-                return step(learning_rate)
+                return step(learning_rate, accepts)
 
         self._run.optimizer.step = marked  # type: ignore[method-assign]
 

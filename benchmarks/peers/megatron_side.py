@@ -54,6 +54,7 @@ class MegatronSide:
         parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
         if on_gpu:
             model_parallel_cuda_manual_seed(0)
+            _tune_fewer(config.model.num_attention_heads)
         megatron = _translate(config.model, fp8=fp8, on_gpu=on_gpu)
         spec = get_gpt_decoder_block_spec(megatron, use_transformer_engine=on_gpu)
         for layer in spec.layer_specs:
@@ -150,6 +151,16 @@ def _translate(model: ModelConfig, *, fp8: bool, on_gpu: bool) -> MLATransformer
         use_cpu_initialization=not on_gpu,
         **({"rope_type": "rope"} | fused),
     )
+
+
+def _tune_fewer(num_heads: int) -> None:
+    """Its RoPE kernels are compiled and tried with 1 to 128 heads a program; more than there are win nothing."""
+    from megatron.core.fusions import fused_mla_yarn_rope_apply
+    from triton.runtime.autotuner import Autotuner
+
+    for kernel in vars(fused_mla_yarn_rope_apply).values():
+        if isinstance(kernel, Autotuner):
+            kernel.configs = [config for config in kernel.configs if config.kwargs["BLOCK_H"] <= num_heads]
 
 
 def _optimizer_config(distributed: bool) -> OptimizerConfig:

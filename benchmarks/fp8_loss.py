@@ -1,0 +1,172 @@
+"""Whether FP8 harms training, on real text: `pretrain compare` of bf16 with block FP8, and of bf16 with block FP8 whose
+scales are broken, which has to fail.
+
+    python benchmarks/fp8_loss.py --data runs/data --out runs/fp8-loss                     # one GPU
+    python benchmarks/fp8_loss.py --data runs/data --out runs/fp8-tiny --config configs/tiny.toml --batch 8 \\
+        --learning-rate 4e-3 --steps 200 --planted-steps 100 --limit 2                     # a rehearsal on a CPU
+
+All runs have the same initial weights and see the same samples. The timeline is that of a whole training, made short:
+the learning rate rises over a tenth of the steps, stays until half of them, and falls along a cosine to a tenth at the
+end, so that the last fifth, over which the gap is taken, is where a run would stop. The broken runs are as long as
+`--planted-steps` and keep that timeline; healthy FP8 after as many steps is shown beside them.
+
+The planted fault: every 1 × 128 tile of activations and gradients in linear layers is taken back with the factor of the
+tile before it, which is what an index that is off by one would do.
+
+    OUT/compare.{html,svg,json}            bf16 (A) and FP8 (B)
+    OUT/planted/compare.{html,svg,json}    bf16 (A) and FP8 with the fault (B)
+    OUT/healthy/compare.{html,svg,json}    bf16 (A) and FP8 (B) after as many steps
+    OUT/summary.json                       gaps, noises, verdicts
+
+Exit status: 0 if FP8 is within the limit and the fault is not, else 1.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from model import fp8 as reference  # noqa: E402
+from model.quantize import Quantized, quantize_tiles  # noqa: E402
+from pretrain.__main__ import main as pretrain  # noqa: E402
+from pretrain.config import load_config  # noqa: E402
+from pretrain.errors import DONE, GAP_TOO_LARGE  # noqa: E402
+
+PLANTED = "planted"
+FP8 = 'precision.fp8="block"'
+
+
+def main() -> int:
+    """Runs the comparisons, or with "planted" as the first argument a command of `pretrain` with the fault."""
+    if sys.argv[1:2] == [PLANTED]:
+        plant()
+        return pretrain(sys.argv[2:])
+    arguments = parse()
+    out, began = arguments.out.resolve(), time.perf_counter()
+    settings = overrides(arguments)
+    both, only_b = options("--set", settings), options("--set-b", [*settings, FP8])
+    limit = ["--limit", str(arguments.limit)]
+    steps, fewer = (["--steps", str(number)] for number in (arguments.steps, arguments.planted_steps))
+    config, planted, healthy = str(Path(arguments.config).resolve()), out / PLANTED, out / "healthy"
+    pair = [config, config, *both, "--set-b", FP8, *limit, "--out", str(out)]
+    statuses = {
+        "FP8": run(["-m", "pretrain"], [*pair, *steps]),
+        PLANTED: run([__file__, PLANTED], [str(out / "a"), config, *only_b, *limit, *fewer, "--out", str(planted)]),
+        "healthy": run(
+            ["-m", "pretrain"],
+            [str(out / "a"), str(out / "b"), *limit, *fewer, "--only-report", "--out", str(healthy)],
+        ),
+    }
+    found = {name: result(folder) for name, folder in (("FP8", out), (PLANTED, planted), ("healthy", healthy))}
+    passed = statuses["FP8"] == DONE and statuses[PLANTED] == GAP_TOO_LARGE
+    summary = {"limit": arguments.limit / 100, "passed": passed, "statuses": statuses, **found}
+    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    for name, numbers in found.items():
+        print(f"{name}: status {statuses[name]}, {describe(numbers)}")
+    print(f"{'passed' if passed else 'FAILED'}: limit {arguments.limit} %, {time.perf_counter() - began:.0f} s")
+    return 0 if passed else 1
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="a prepared dataset; its vocabulary is the model's")
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--config", default=str(ROOT / "configs" / "small.toml"))
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--planted-steps", type=int, default=250)
+    parser.add_argument("--batch", type=int, default=4, help="sequences a step, in one micro-batch")
+    parser.add_argument("--learning-rate", type=float, default=5e-4, help="the highest")
+    parser.add_argument("--limit", type=float, default=0.25, help="percent")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="more for all runs")
+    return parser.parse_args()
+
+
+def overrides(arguments: argparse.Namespace) -> list[str]:
+    """What all runs differ in from the configuration: their length, and what follows from it."""
+    config = load_config(Path(arguments.config))
+    tokens = arguments.steps * arguments.batch * config.train.seq_len
+    highest = arguments.learning_rate
+    pieces = (
+        f'{{ shape = "linear", start = 0.0, value = {highest}, until = {tokens // 10} }}, '
+        f"{{ value = {highest}, until = {tokens // 2} }}, "
+        f'{{ shape = "cosine", value = {highest / 10}, until = {tokens} }}, {{ value = {highest / 10} }}'
+    )
+    return [
+        f'data.datasets=[{{ path = "{Path(arguments.data).resolve()}" }}]',
+        f"model.vocab_size={vocabulary(Path(arguments.data))}",
+        f"train.batch_size={arguments.batch}",
+        f"train.micro_batch_size={arguments.batch}",
+        f"train.validate_every={arguments.planted_steps}",
+        f"timeline.learning_rate=[{pieces}]",
+        "checkpoint.every=0",
+        "logging.tensorboard=false",
+        "logging.every=50",
+        *arguments.set,
+    ]
+
+
+def vocabulary(data: Path) -> int:
+    """That of a dataset's tokenizer."""
+    from data.shards import read_index
+
+    return read_index(data).tokenizer.vocab_size
+
+
+def options(name: str, values: Sequence[str]) -> list[str]:
+    """The same option with each of some values."""
+    return [part for value in values for part in (name, value)]
+
+
+def run(program: Sequence[str], arguments: Sequence[str]) -> int:
+    """A `compare` in a process of its own; returns its status."""
+    command = [sys.executable, *program, "compare", *arguments]
+    print("$", *command, file=sys.stderr, flush=True)
+    return subprocess.run(command, cwd=ROOT).returncode
+
+
+def result(out: Path) -> dict[str, Any]:
+    """What a comparison has written; nothing if it did not come so far."""
+    file = out / "compare.json"
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
+
+def describe(numbers: dict[str, Any]) -> str:
+    """The gap with its noise, and what is said of it."""
+    if not numbers or numbers.get("gap") is None:
+        return "no gap"
+    return f"gap {numbers['gap']:+.3%} ± {numbers['noise']:.3%}, {numbers['verdict']}"
+
+
+def plant() -> None:
+    """Breaks the scales of tiles, on a CPU and, where Transformer Engine computes, on a GPU."""
+
+    def off_by_one(x: Any, *, power_of_two: bool) -> Quantized:
+        codes, scale_inv = quantize_tiles(x, power_of_two=power_of_two)
+        return Quantized(codes, scale_inv.roll(1, 1))
+
+    reference.quantize_tiles = off_by_one  # type: ignore[attr-defined]
+    from model.te import TensorCores
+
+    healthy = TensorCores.round
+
+    def broken(self: TensorCores, quantizer: Any, kind: Any, x: Any, **how: Any) -> Any:
+        operand = healthy(self, quantizer, kind, x, **how)
+        if kind != "weight":
+            for scale_inv in (operand.tensor._rowwise_scale_inv, operand.tensor._columnwise_scale_inv):
+                if scale_inv is not None:
+                    scale_inv.copy_(scale_inv.roll(1, 0))
+        return operand
+
+    TensorCores.round = broken  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
