@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model import bf16_experts, fp8_experts
 from model.config import ModelConfig
-from model.fp8_experts import can_fuse, fused_experts
 from model.linear import Linear, WeightGradients, grouped_linear
 from model.permute import Copies, collect, pick, spread
 from model.recompute import Execution
@@ -62,10 +62,13 @@ class RoutedExperts(nn.Module):
         weighted."""
         later = self._weight_gradients if defers else WeightGradients()
         copies, counts = sort_by_expert(routed, len(self.gate_up_proj))
-        first, second = self.gate_up_quantizer, self.down_quantizer
-        if first is not None and second is not None and can_fuse(routed.rows, self.gate_up_proj, first):
-            matrices = self.gate_up_proj, self.down_proj
-            return fused_experts(routed.rows, routed.weights, matrices, (first, second), copies, counts, later)
+        matrices, (first, second) = (self.gate_up_proj, self.down_proj), (self.gate_up_quantizer, self.down_quantizer)
+        if first is None or second is None:
+            if bf16_experts.can_fuse(routed.rows, copies, self.gate_up_proj):
+                return bf16_experts.fused_experts(routed.rows, routed.weights, matrices, copies, counts, later)
+        elif fp8_experts.can_fuse(routed.rows, self.gate_up_proj, first):
+            quantizers = first, second
+            return fp8_experts.fused_experts(routed.rows, routed.weights, matrices, quantizers, copies, counts, later)
         rows = self._recompute.again("expert_rows", partial(spread, copies=copies), routed.rows)
         gate_up = grouped_linear(rows, self.gate_up_proj, counts, later, first)
         inner = self._recompute.again("swiglu", swiglu, gate_up, pick(routed.weights, copies))

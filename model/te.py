@@ -87,11 +87,11 @@ class TensorCores:
 
     def forward(self, x: Operand, weight: Operand, dtype: torch.dtype) -> Tensor:
         """x Wᵀ, [T, out]."""
-        return _multiply(weight.tensor, x.tensor, "TN", dtype)[: x.num_rows]
+        return _first_rows(_multiply(weight.tensor, x.tensor, "TN", dtype), x.num_rows)
 
     def input_gradient(self, grad: Operand, weight: Operand, dtype: torch.dtype) -> Tensor:
         """dy W, [T, in]."""
-        return _multiply(weight.tensor, grad.tensor, "NN", dtype)[: grad.num_rows]
+        return _first_rows(_multiply(weight.tensor, grad.tensor, "NN", dtype), grad.num_rows)
 
     def weight_gradient(self, grad: Operand, x: Operand, dtype: torch.dtype) -> Tensor:
         """dyᵀ x, [out, in]."""
@@ -109,6 +109,11 @@ def _multiply(a: Any, b: Any, layout: str, dtype: torch.dtype, **options: Any) -
     """b aᵀ ("TN"), b a ("NN") or bᵀ a ("NT")."""
     product: Tensor = _load().multiply(a, b, out_dtype=dtype, layout=layout, use_split_accumulator=True, **options)[0]
     return product
+
+
+def _first_rows(product: Tensor, num_rows: int) -> Tensor:
+    """No view, since autograd lets nobody change a view in place that one of its functions returned."""
+    return product if len(product) == num_rows else product[:num_rows].clone()
 
 
 def _rounding(quantizer: Quantizer, kind: Kind, x: Tensor) -> Any:

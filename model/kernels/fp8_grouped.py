@@ -11,17 +11,21 @@ Along tokens every expert begins a new tile: its rows stand at 128 · (tiles of 
 to whole tiles, and P = 128 (⌊R/128⌋ + E) is a bound for any load, so counts are never read back.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from model.kernels.fp8_quantize import Codes
 from model.kernels.groups import find_tile
 
 BLOCK = 128
-ROWS_TILE = {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 4}
-COLUMNS_TILE = {"BLOCK_M": 128, "BLOCK_N": 128, "GROUP": 8, "num_warps": 8, "num_stages": 4}
+# Small tiles, of which a multiprocessor takes three: one is scaled while others multiply.
+ROWS_TILE = {"BLOCK_M": 64, "num_warps": 4, "num_stages": 3}
+COLUMNS_TILE = {"BLOCK_M": 64, "BLOCK_N": 128, "GROUP": 8, "num_warps": 4, "num_stages": 3}
 
 
 def multiply_rows(rows: Codes, weights: Codes, counts: Tensor) -> Tensor:
@@ -32,9 +36,10 @@ def multiply_rows(rows: Codes, weights: Codes, counts: Tensor) -> Tensor:
     out = torch.empty(num_rows, width, dtype=torch.bfloat16, device=counts.device)
     tiles = triton.cdiv(num_rows, ROWS_TILE["BLOCK_M"]) + num_experts
     if num_rows:
-        _rows_kernel[(tiles * triton.cdiv(width, ROWS_TILE["BLOCK_N"]),)](
-            *rows, *weights, counts, out, num_rows, width, size,
-            EXPERTS=num_experts, EXPERTS_BLOCK=triton.next_power_of_2(num_experts), BLOCK_K=BLOCK, **ROWS_TILE,
+        _rows_kernel[(tiles * (width // BLOCK),)](
+            _tiles(rows.codes, ROWS_TILE["BLOCK_M"]), rows.scale_inv,
+            _tiles(weights.codes.flatten(0, 1), BLOCK), weights.scale_inv, counts, out, num_rows, width, size,
+            EXPERTS=num_experts, EXPERTS_BLOCK=triton.next_power_of_2(num_experts), BLOCK=BLOCK, **ROWS_TILE,
         )  # fmt: skip
     return out
 
@@ -43,62 +48,62 @@ def add_products_of_columns(total: Tensor, grad: Codes, rows: Codes, counts: Ten
     """Adds dyᵀ x of each expert to `total` [E, M, N] in fp32, or with `is_first` stores it there: codes along tokens of
     the gradients [M, P] and of the rows [N, P]. M and N are multiples of 128."""
     num_experts, height, width = total.shape
-    tiles = triton.cdiv(height, COLUMNS_TILE["BLOCK_M"]) * triton.cdiv(width, COLUMNS_TILE["BLOCK_N"])
+    tiles = (height // COLUMNS_TILE["BLOCK_M"]) * (width // COLUMNS_TILE["BLOCK_N"])
     _columns_kernel[(num_experts * tiles,)](
-        total, *grad, *rows, counts, height, width, grad.codes.shape[1],
-        EXPERTS_BLOCK=triton.next_power_of_2(num_experts), EXPERTS=num_experts, IS_FIRST=is_first, BLOCK_K=BLOCK,
+        total, _tiles(grad.codes, COLUMNS_TILE["BLOCK_M"]), grad.scale_inv,
+        _tiles(rows.codes, COLUMNS_TILE["BLOCK_N"]), rows.scale_inv, counts, height, width,
+        EXPERTS_BLOCK=triton.next_power_of_2(num_experts), EXPERTS=num_experts, IS_FIRST=is_first, BLOCK=BLOCK,
         **COLUMNS_TILE,
     )  # fmt: skip
+
+
+def _tiles(codes: Tensor, height: int) -> Any:
+    """A matrix of codes as what the copy engine reads tiles of so many rows from."""
+    return TensorDescriptor.from_tensor(codes, [height, BLOCK])
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _rows_kernel(
     codes: tl.tensor, scale_inv: tl.tensor, weights: tl.tensor, weights_scale_inv: tl.tensor, counts: tl.tensor,
     out: tl.tensor, num_rows: tl.tensor, width: tl.tensor, size: tl.tensor,
-    EXPERTS: tl.constexpr, EXPERTS_BLOCK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EXPERTS: tl.constexpr, EXPERTS_BLOCK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
 ) -> None:  # fmt: skip
-    tiles_n = tl.cdiv(width, BLOCK_N)
-    tile = tl.program_id(0) // tiles_n
+    tiles_n = width // BLOCK
+    tile, n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
     expert, begin, end, _ = find_tile(counts, tile, EXPERTS, EXPERTS_BLOCK, BLOCK_M)
     if expert >= EXPERTS:
         return
+    # Rows past the end are another expert's, and not stored.
     row = begin + tl.arange(0, BLOCK_M)
-    n = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    is_row, is_n = row < end, n < width
-    steps = size // BLOCK_K
-    at_codes = codes + row.to(tl.int64)[:, None] * size + k[None, :]
-    at_weights = weights + (expert.to(tl.int64) * width + n)[:, None] * size + k[None, :]
+    is_row = row < end
+    steps = size // BLOCK
     at_scale = scale_inv + row
-    at_weights_scale = weights_scale_inv + (expert * tl.cdiv(width, BLOCK_K) + n // BLOCK_K) * steps
-    sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for _ in range(steps):
-        a = tl.load(at_codes, mask=is_row[:, None], other=0.0)
-        b = tl.load(at_weights, mask=is_n[:, None], other=0.0)
-        factor = tl.load(at_scale, mask=is_row, other=0.0)
-        weights_factor = tl.load(at_weights_scale, mask=is_n, other=0.0)
-        sums += tl.dot(a, tl.trans(b)) * (factor[:, None] * weights_factor[None, :])
-        at_codes += BLOCK_K
-        at_weights += BLOCK_K
+    at_weights_scale = weights_scale_inv + (expert * tiles_n + n) * steps
+    first = expert * width + n * BLOCK
+    sums = tl.zeros((BLOCK_M, BLOCK), dtype=tl.float32)
+    for step in range(steps):
+        a = codes.load([begin, step * BLOCK])
+        b = weights.load([first, step * BLOCK])
+        factor = tl.load(at_scale, mask=is_row, other=0.0) * tl.load(at_weights_scale)
+        sums += tl.dot(a, b.T) * factor[:, None]
         at_scale += num_rows
         at_weights_scale += 1
-    at = out + row.to(tl.int64)[:, None] * width + n[None, :]
-    tl.store(at, sums.to(tl.bfloat16), mask=is_row[:, None] & is_n[None, :])
+    at = out + row.to(tl.int64)[:, None] * width + n * BLOCK + tl.arange(0, BLOCK)[None, :]
+    tl.store(at, sums.to(tl.bfloat16), mask=is_row[:, None])
 
 
-@triton.jit(do_not_specialize=["num_places"])
+@triton.jit
 def _columns_kernel(
     total: tl.tensor, grad: tl.tensor, grad_scale_inv: tl.tensor, rows: tl.tensor, rows_scale_inv: tl.tensor,
-    counts: tl.tensor, height: tl.tensor, width: tl.tensor, num_places: tl.tensor,
-    EXPERTS: tl.constexpr, EXPERTS_BLOCK: tl.constexpr, IS_FIRST: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    counts: tl.tensor, height: tl.tensor, width: tl.tensor,
+    EXPERTS: tl.constexpr, EXPERTS_BLOCK: tl.constexpr, IS_FIRST: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
 ) -> None:  # fmt: skip
-    tiles_m, tiles_n = tl.cdiv(height, BLOCK_M), tl.cdiv(width, BLOCK_N)
+    tiles_m, tiles_n = height // BLOCK_M, width // BLOCK_N
     expert, tile = tl.program_id(0) // (tiles_m * tiles_n), tl.program_id(0) % (tiles_m * tiles_n)
     number = tl.arange(0, EXPERTS_BLOCK)
-    steps_of = tl.cdiv(tl.load(counts + number, mask=number < EXPERTS, other=0), BLOCK_K)
-    first = tl.sum(tl.where(number < expert, steps_of, 0))
+    steps_of = tl.cdiv(tl.load(counts + number, mask=number < EXPERTS, other=0), BLOCK).to(tl.int32)
+    begin = tl.sum(tl.where(number < expert, steps_of, 0))
     steps = tl.sum(tl.where(number == expert, steps_of, 0))
     if steps == 0 and not IS_FIRST:
         return
@@ -107,27 +112,18 @@ def _columns_kernel(
     group = tile // (GROUP * tiles_n)
     in_group = min(tiles_m - group * GROUP, GROUP)
     place = tile % (GROUP * tiles_n)
-    m = (group * GROUP + place % in_group) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = (place // in_group) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = first * BLOCK_K + tl.arange(0, BLOCK_K)
-    is_m, is_n = m < height, n < width
-    at_grad = grad + m.to(tl.int64)[:, None] * num_places + k[None, :]
-    at_rows = rows + n.to(tl.int64)[:, None] * num_places + k[None, :]
-    at_grad_scale = grad_scale_inv + first * height + m
-    at_rows_scale = rows_scale_inv + first * width + n
+    first_m, first_n = (group * GROUP + place % in_group) * BLOCK_M, (place // in_group) * BLOCK_N
+    m, n = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
+    at_grad_scale = grad_scale_inv + begin * height + m
+    at_rows_scale = rows_scale_inv + begin * width + n
     sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for _ in range(steps):
-        a = tl.load(at_grad, mask=is_m[:, None], other=0.0)
-        b = tl.load(at_rows, mask=is_n[:, None], other=0.0)
-        grad_factor = tl.load(at_grad_scale, mask=is_m, other=0.0)
-        rows_factor = tl.load(at_rows_scale, mask=is_n, other=0.0)
-        sums += tl.dot(a, tl.trans(b)) * (grad_factor[:, None] * rows_factor[None, :])
-        at_grad += BLOCK_K
-        at_rows += BLOCK_K
+    for step in range(begin, begin + steps):
+        a = grad.load([first_m, step * BLOCK])
+        b = rows.load([first_n, step * BLOCK])
+        sums += tl.dot(a, b.T) * tl.load(at_grad_scale)[:, None] * tl.load(at_rows_scale)[None, :]
         at_grad_scale += height
         at_rows_scale += width
     at = total + (expert.to(tl.int64) * height + m)[:, None] * width + n[None, :]
-    mask = is_m[:, None] & is_n[None, :]
     if not IS_FIRST:
-        sums += tl.load(at, mask=mask)
-    tl.store(at, sums, mask=mask)
+        sums += tl.load(at)
+    tl.store(at, sums)

@@ -167,12 +167,13 @@ def _store_rows(
 @triton.jit
 def _store_columns(
     x: tl.tensor, codes: tl.tensor, scale_inv: tl.tensor, place: tl.tensor, column: tl.tensor, tile: tl.tensor,
-    num_places: tl.tensor, width: tl.tensor, POWER_OF_TWO: tl.constexpr,
+    num_places: tl.tensor, width: tl.tensor, POWER_OF_TWO: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     """Codes of x [128, 128], transposed, with a scale for each column."""
     scale = _scale(tl.max(tl.abs(x), 0), POWER_OF_TWO)
-    at = codes + column.to(tl.int64)[None, :] * num_places + place[:, None]
-    tl.store(at, _encode(x, scale[None, :]))
+    # Said to be whole tiles, so that stores are wide.
+    at = codes + column.to(tl.int64)[:, None] * tl.multiple_of(num_places, BLOCK) + place[None, :]
+    tl.store(at, tl.trans(_encode(x, scale[None, :])))
     tl.store(scale_inv + tile * width + column, divide(1.0 + scale * 0.0, scale))
 
 
@@ -196,7 +197,7 @@ def _quantize_kernel(
         _store_rows(values, codes, scale_inv, row, is_row, column, block, num_rows, size, POWER_OF_TWO)
     if COLUMNS:
         place = tile * BLOCK + tl.arange(0, BLOCK)
-        _store_columns(values, codes_t, scale_inv_t, place, column, tile, num_places, size, POWER_OF_TWO)
+        _store_columns(values, codes_t, scale_inv_t, place, column, tile, num_places, size, POWER_OF_TWO, BLOCK)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -245,16 +246,16 @@ def _swiglu_backward_kernel(
     silu = gate * share
     tl.store(shares + block * num_rows + row, tl.sum(coming * silu * up, 1), mask=is_row)
     result = (silu * up * weight).to(tl.bfloat16).to(tl.float32)
-    _store_columns(result, result_t, result_scale_inv_t, place, column, tile, num_places, size, POWER_OF_TWO)
+    _store_columns(result, result_t, result_scale_inv_t, place, column, tile, num_places, size, POWER_OF_TWO, BLOCK)
     coming *= weight
     width = 2 * size
     of_gate = (coming * up * (share + silu * (1 - share))).to(tl.bfloat16).to(tl.float32)
     _store_rows(of_gate, codes, scale_inv, row, is_row, column, block, num_rows, width, POWER_OF_TWO)
-    _store_columns(of_gate, codes_t, scale_inv_t, place, column, tile, num_places, width, POWER_OF_TWO)
+    _store_columns(of_gate, codes_t, scale_inv_t, place, column, tile, num_places, width, POWER_OF_TWO, BLOCK)
     of_up = (coming * silu).to(tl.bfloat16).to(tl.float32)
     column, block = column + size, block + size // BLOCK
     _store_rows(of_up, codes, scale_inv, row, is_row, column, block, num_rows, width, POWER_OF_TWO)
-    _store_columns(of_up, codes_t, scale_inv_t, place, column, tile, num_places, width, POWER_OF_TWO)
+    _store_columns(of_up, codes_t, scale_inv_t, place, column, tile, num_places, width, POWER_OF_TWO, BLOCK)
 
 
 @triton.jit

@@ -14,9 +14,17 @@ BLOCK = 128  # choices in a block of the sort
 COLUMNS = 2048  # of rows that a program sums, at most
 
 
-def sum_rows(rows: Tensor, slots: Tensor, addends: tuple[Tensor, ...]) -> Tensor:
-    """For each token the sum of its `rows` [R, D], in the order of its `slots` [T, C] int64, and of up to two `addends`
-    [T, D]; [T, D], added up in fp32. A slot of R or more stands for no row."""
+def sum_rows(
+    rows: Tensor,
+    slots: Tensor,
+    addends: tuple[Tensor, ...],
+    *,
+    weights: Tensor | None = None,
+    num_rows: int | None = None,
+) -> Tensor:
+    """For each token the sum of its `rows` [R, D], in the order of its `slots` [T, C] int64, each times its weight of
+    `weights` [T, C] in fp32 if there are any, and of up to two `addends` [T, D]; [T, D], added up in fp32. A slot of R
+    or more stands for no row; R is `num_rows`, or all there are."""
     assert len(addends) <= 2, len(addends)
     (num_tokens, num_slots), size = slots.shape, rows.shape[1]
     result = rows.new_empty(num_tokens, size)
@@ -25,8 +33,9 @@ def sum_rows(rows: Tensor, slots: Tensor, addends: tuple[Tensor, ...]) -> Tensor
         rows, slots = rows.contiguous(), slots.contiguous()
         first, second = (*(addend.contiguous() for addend in addends), rows, rows)[:2]
         _sum_kernel[(num_tokens, triton.cdiv(size, block))](
-            rows, slots, first, second, result, len(rows),
-            SIZE=size, SLOTS=num_slots, ADDENDS=len(addends), BLOCK=block, num_warps=max(block // 512, 1),
+            rows, slots, first, second, rows if weights is None else weights.contiguous(), result,
+            len(rows) if num_rows is None else num_rows, SIZE=size, SLOTS=num_slots, ADDENDS=len(addends),
+            WEIGHTED=weights is not None, BLOCK=block, num_warps=max(block // 512, 1),
         )  # fmt: skip
     return result
 
@@ -54,8 +63,9 @@ def count_and_place(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _sum_kernel(
-    rows: tl.tensor, slots: tl.tensor, first: tl.tensor, second: tl.tensor, result: tl.tensor, num_rows: tl.tensor,
-    SIZE: tl.constexpr, SLOTS: tl.constexpr, ADDENDS: tl.constexpr, BLOCK: tl.constexpr,
+    rows: tl.tensor, slots: tl.tensor, first: tl.tensor, second: tl.tensor, weights: tl.tensor, result: tl.tensor,
+    num_rows: tl.tensor,
+    SIZE: tl.constexpr, SLOTS: tl.constexpr, ADDENDS: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -63,7 +73,10 @@ def _sum_kernel(
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for choice in tl.static_range(SLOTS):
         slot = tl.broadcast_to(tl.load(slots + token * SLOTS + choice), (BLOCK,))
-        total += tl.load(rows + slot * SIZE + column, mask=mask & (slot < num_rows), other=0.0).to(tl.float32)
+        value = tl.load(rows + slot * SIZE + column, mask=mask & (slot < num_rows), other=0.0).to(tl.float32)
+        if WEIGHTED:
+            value *= tl.load(weights + token * SLOTS + choice)
+        total += value
     if ADDENDS > 0:
         total += tl.load(first + token * SIZE + column, mask=mask, other=0.0).to(tl.float32)
     if ADDENDS > 1:

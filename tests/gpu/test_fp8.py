@@ -52,7 +52,7 @@ def round_by_engine(rounding: Quantizer, kind: Kind, x: Tensor) -> Any:
 
 def assert_same_bits(ours: Tensor, theirs: Tensor) -> None:
     assert ours.shape == theirs.shape
-    ours, theirs = (tensor.reshape(-1).view(torch.uint8) for tensor in (ours, theirs))
+    ours, theirs = (tensor.contiguous().view(torch.uint8) for tensor in (ours, theirs))
     assert torch.equal(ours, theirs), int((ours != theirs).sum())
 
 

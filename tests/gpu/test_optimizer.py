@@ -27,7 +27,7 @@ def test_kernel_is_torch_s_adamw(numel: int, moments: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def mesh() -> Iterator[Mesh]:
     load_deepspeed()
     join_processes(Place(0, 1, 0, torch.device("cuda", 0), 1))

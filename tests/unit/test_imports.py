@@ -22,6 +22,7 @@ MAY_IMPORT = {
         "sentencepiece", "tokenizers", "xxhash", "wandb", "mlflow",
     },
 }  # fmt: skip
+HEAVY = ("transformer_engine", "quack")
 UNPICKLING = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 NEVER_CALLED = {
     "eval", "exec", "compile", "torch.load", "yaml.load", "os.system", "os.popen", "numpy.load", "np.load",
@@ -38,8 +39,9 @@ def breaches(path: str, source: str) -> Iterator[str]:
         yield from _check_import(package, name)
     if path != "parallel/zero.py" and _names(tree, "deepspeed"):
         yield "only parallel/zero.py may name deepspeed"
-    if package != "model" and _names(tree, "transformer_engine"):
-        yield "only model may name transformer_engine"
+    for heavy in HEAVY:
+        if package != "model" and _names(tree, heavy):
+            yield f"only model may name {heavy}"
     if not path.startswith(KERNELS) and _names(tree, "triton"):
         yield f"only {' and '.join(KERNELS)} may name triton"
     for node in ast.walk(tree):
@@ -72,7 +74,7 @@ def _check_import(package: str, name: str) -> Iterator[str]:
         yield f"{root} runs what it reads"
     elif name == "?":
         yield "imports a module whose name is worked out"
-    elif root not in sys.stdlib_module_names and root not in {package, "transformer_engine"} | MAY_IMPORT[package]:
+    elif root not in sys.stdlib_module_names and root not in {package, *HEAVY} | MAY_IMPORT[package]:
         yield f"{package} may not import {root}"
     elif package == "model" and (root == "os" or name.startswith("torch.distributed")):
         yield f"model knows no {name}"
@@ -113,8 +115,9 @@ def test_the_rules_are_kept() -> None:
     assert not found, "\n".join(found)
 
 
-def test_transformer_engine_is_named_in_one_file() -> None:
-    naming = [path for path, source in sources().items() if _names(ast.parse(source), "transformer_engine")]
+@pytest.mark.parametrize("heavy", HEAVY)
+def test_what_only_a_gpu_has_is_named_in_one_file(heavy: str) -> None:
+    naming = [path for path, source in sources().items() if _names(ast.parse(source), heavy)]
     assert len(naming) <= 1, naming
 
 

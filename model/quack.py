@@ -1,0 +1,165 @@
+"""Grouped products in bf16 by QuACK, whose kernels gather rows and compute SwiGLU and its gradient in the products.
+
+What a kernel is built for includes the number of rows. Where it changes from step to step, it is rounded up to a
+multiple of `ROWS`, so that there are few; rows past the last expert's are nobody's.
+"""
+
+from functools import lru_cache
+from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from model.permute import Copies
+
+ROWS = 1024
+MULTIPLE = 64
+
+
+@lru_cache(maxsize=1)
+def _load() -> Any:
+    """What is used of it. Importing it takes seconds. Tiles are those that were fastest at the shape of dsv3_2b on an
+    H200 (benchmarks/README.md)."""
+    from quack.gemm import gemm
+    from quack.gemm_config import GemmConfig
+    from quack.gemm_interface import gemm_dgated, gemm_gated
+
+    def tile(rows: int, columns: int, *, pingpong: bool) -> Any:
+        return GemmConfig(
+            tile_m=rows, tile_n=columns, cluster_m=2, cluster_n=1, pingpong=pingpong, is_dynamic_persistent=False
+        )
+
+    return SimpleNamespace(
+        multiply=gemm,
+        multiply_and_gate=gemm_gated,
+        multiply_and_gate_backward=gemm_dgated,
+        plain=tile(128, 192, pingpong=True),
+        gated=tile(128, 256, pingpong=False),
+        gated_backward=tile(128, 128, pingpong=True),
+        wide_gradient=tile(256, 192, pingpong=False),
+        narrow_gradient=tile(128, 256, pingpong=False),
+    )
+
+
+@lru_cache
+def is_installed() -> bool:
+    """Whether it can be imported, and this GPU has what it needs."""
+    return find_spec("quack") is not None and torch.cuda.get_device_capability()[0] in (9, 10)
+
+
+class Rows(NamedTuple):
+    """Rows ordered by expert that are copies of tokens: which token each is, [R] int32, and where each expert's begin
+    and the last one's end, [E + 1] int32."""
+
+    tokens: Tensor
+    ends: Tensor
+
+
+class Quack:
+    """The products of experts. gate_up has gates and ups in turns here."""
+
+    def rows(self, copies: Copies, counts: Tensor) -> Rows:
+        """Copies ordered by expert, of which each has `counts` [E]."""
+        return Rows(_fill_up(copies.tokens.int()), F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0)))
+
+    def gate_up(self, x: Tensor, matrices: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """gate_up [R, 2I] and silu(gate) · up [R, I] of tokens x [T, D], by matrices [E, 2I, D]."""
+        kernels = _load()
+        gate_up, inner = kernels.multiply_and_gate(
+            x,
+            matrices.mT,
+            activation="swiglu",
+            cu_seqlens_m=rows.ends,
+            A_idx=rows.tokens,
+            concat_layout=("B",),
+            config=kernels.gated,
+            tuned=False,
+        )
+        return gate_up, inner
+
+    def down(self, inner: Tensor, matrices: Tensor, rows: Rows) -> Tensor:
+        """Results [R, D] by matrices [E, D, I]."""
+        return _multiply_rows(inner, matrices, rows)
+
+    def down_backward(
+        self, grad: Tensor, matrices: Tensor, gate_up: Tensor, weights: Tensor, rows: Rows
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """From gradients of tokens [T, D], each row's times its weight: the gradient of gate_up, weight · silu(gate) ·
+        up, and the gradient of the weights [R] in fp32."""
+        kernels = _load()
+        grad_gate_up, inner, grad_weights = kernels.multiply_and_gate_backward(
+            grad,
+            matrices,
+            gate_up,
+            activation="swiglu",
+            colvec_scale=_fill_up(weights),
+            colvec_reduce=True,
+            cu_seqlens_m=rows.ends,
+            A_idx=rows.tokens,
+            dynamic_scheduler=False,
+            config=kernels.gated_backward,
+            tuned=False,
+        )
+        return grad_gate_up, inner, grad_weights[: len(weights)]
+
+    def gate_up_backward(self, grad_gate_up: Tensor, matrices: Tensor, rows: Rows) -> Tensor:
+        """Gradients of rows [R, D] by matrices [E, 2I, D]."""
+        return _multiply_rows(grad_gate_up, matrices.mT, rows, concat_layout=("B",))
+
+    def add_gate_up_gradient(
+        self, total: Tensor, grad_gate_up: Tensor, x: Tensor, rows: Rows, *, is_first: bool
+    ) -> None:
+        """Adds to total [E, 2I, D], or puts there, the sums over each expert's rows of grad_gate_up xᵀ."""
+        tile = _load().wide_gradient
+        _add_products(total.mT, x, grad_gate_up, rows, tile, is_first=is_first, concat_layout=("out",))
+
+    def add_down_gradient(self, total: Tensor, grad: Tensor, inner: Tensor, rows: Rows, *, is_first: bool) -> None:
+        """Adds to total [E, D, I], or puts there, the sums over each expert's rows of grad innerᵀ."""
+        _add_products(total, grad, inner, rows, _load().narrow_gradient, is_first=is_first)
+
+
+def _fill_up(values: Tensor) -> Tensor:
+    return F.pad(values, (0, -len(values) % ROWS))
+
+
+def _multiply_rows(rows_in: Tensor, matrices: Tensor, rows: Rows, **options: Any) -> Tensor:
+    """Rows [R, in] by the matrices [E, out, in] of their experts."""
+    out = rows_in.new_empty(len(rows_in), matrices.shape[1])
+    _multiply(rows_in, matrices, out, _load().plain, cu_seqlens_m=rows.ends, **options)
+    return out
+
+
+def _add_products(
+    total: Tensor, of_tokens: Tensor, of_rows: Tensor, rows: Rows, tile: Any, *, is_first: bool, **options: Any
+) -> None:
+    """Adds to total [E, M, N] the products of [T, M], gathered, and [R, N] over the rows of each expert."""
+    _multiply(
+        of_tokens.t(),
+        of_rows.t(),
+        total,
+        tile,
+        cu_seqlens_k=rows.ends,
+        A_idx=rows.tokens,
+        add_to_output=not is_first,
+        **options,
+    )
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor, tile: Any, **options: Any) -> None:
+    """a bᵀ of every expert."""
+    _load().multiply(
+        a,
+        b,
+        out,
+        None,
+        None,
+        tile.tile_m,
+        tile.tile_n,
+        tile.cluster_m,
+        tile.cluster_n,
+        pingpong=tile.pingpong,
+        **options,
+    )
