@@ -9,7 +9,10 @@ Kernels = Sequence[tuple[str, str, float, int]]
 # The first kind whose pattern is found in "origin kernel" is that of a kernel.
 KINDS = (
     ("optimizer", r"^optimizer |adam|multi_tensor"),
-    ("grouped GEMM", r"GroupProblemShape|grouped_gemm|_weight_gradient_kernel|group_gemm|quack|_rows_kernel|_columns_kernel"),
+    (
+        "grouped GEMM",
+        r"GroupProblemShape|grouped_gemm|_weight_gradient_kernel|group_gemm|quack|_rows_kernel|_columns_kernel",
+    ),
     ("attention", r"fmha|flash|sdpa|fused_attn|cudnn"),
     ("dense GEMM", r"nvjet|gemm|cutlass|xmma|splitK"),
     ("quantisation", r"quant|amax|cast_transpose|Fp8"),
@@ -17,7 +20,10 @@ KINDS = (
     ("RoPE, keys and values", r"_Rotate|_KeysAndValues|rope|rotary"),
     ("SwiGLU", r"_SwiGLU|swiglu|silu"),
     ("loss", r"_CrossEntropy|cross_entropy|softmax|nll_loss"),
-    ("permute and combine", r"_Spread|_Collect|_Pick|_sum_kernel|permut|embedding|_rank_kernel|_place_kernel|gather|scatter|index"),
+    (
+        "permute and combine",
+        r"_Spread|_Collect|_Pick|_sum_kernel|permut|embedding|_rank_kernel|_place_kernel|gather|scatter|index",
+    ),
     ("gate", r"_KernelGate|_Logits|topk|router|sort|histogram|scan|sigmoid"),
     ("adding gradients", r"AccumulateGrad|CUDAFunctor_add"),
     ("copies", r"memcpy|memset|copy|fill|Cat"),

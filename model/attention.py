@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 
+from model import flash
 from model.config import ModelConfig
 from model.linear import Linear
 from model.norm import RMSNorm
@@ -163,6 +164,8 @@ class MultiHeadLatentAttention(nn.Module):
         return results
 
     def _attend_to(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is None and flash.can_attend(q, v):
+            return flash.attend(q, k, v, self.scale)
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale)
         return out.transpose(1, 2)
@@ -186,13 +189,15 @@ class MultiHeadLatentAttention(nn.Module):
 def attention_kernel(
     config: ModelConfig, seq_len: int, *, device: torch.device, dtype: torch.dtype, masked: bool = False
 ) -> str:
-    """What torch attends with in training: "cudnn", "flash", "efficient", or "math", which keeps all scores in memory.
-    `masked` where documents do not see one another."""
+    """What attends in training: torch with "cudnn", "flash", "efficient", or "math", which keeps all scores in memory;
+    or "FlashAttention 4". `masked` where documents do not see one another."""
     heads = config.num_attention_heads
     q, k, v = (
         torch.empty(1, heads, seq_len, size, device=device, dtype=dtype, requires_grad=True)
         for size in (config.qk_head_dim, config.qk_head_dim, config.v_head_dim)
     )
+    if not masked and flash.can_attend(q, v):
+        return "FlashAttention 4"
     mask = torch.ones(1, 1, seq_len, seq_len, dtype=torch.bool, device=device) if masked else None
     scale = softmax_scale(config.qk_head_dim, config.rope_scaling)
     choice = torch._fused_sdp_choice(q, k, v, attn_mask=mask, is_causal=not masked, scale=scale)

@@ -69,10 +69,13 @@ Part = Literal["attention", "mlp", "experts", "prediction"]
 Kind = Literal["activation", "weight", "gradient"]
 KINDS: tuple[Kind, ...] = ("activation", "weight", "gradient")
 PARTS_IN_FP8: frozenset[Part] = frozenset({"attention", "mlp", "experts"})
-# Routed experts are high on a GPU. On an H100 (2026-11), forward and backward of 64 experts, 65536 × 2048 × 2816, took
-# 17.0 ms by Transformer Engine in block FP8, which launches a kernel or more for each expert, and 4.4 ms by torch's
-# grouped product in bf16.
+# On a GPU those products are in FP8 that are faster for it. An H200 (2026-11, 32768 tokens, forward and backward,
+# rounding included, Transformer Engine 2.20) takes as long in bf16 as in block FP8 times
+#     512 → 4096  0.62    2048 → 2048  0.82    2048 → 3072  0.95    2048 → 4096  1.10    8192 → 2048  1.29
+# and with 8192 tokens 2048 → 7168 0.88, 7168 → 4096 1.20, 16384 → 7168 1.45: what is gained goes with in · out, and
+# rounding with in + out. Routed experts are high there: see benchmarks/README.md.
 PARTS_ON_GPU: frozenset[Part] = frozenset({"attention", "mlp"})
+LEAST_SIZE_ON_GPU = 1600.0
 AMAX_HISTORY = "amax_history"
 HISTORY_STEPS = 16
 SIZE_MULTIPLE = 16
@@ -80,22 +83,24 @@ SIZE_MULTIPLE = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Fp8Config:
-    """How the products of `parts` are rounded. Where `keeps_weights`, rounded weights may be kept as long as weights do
-    not change."""
+    """How the products of `parts` are rounded, if in · out / (in + out) of a matrix is `least_size`. Where
+    `keeps_weights`, rounded weights may be kept as long as weights do not change."""
 
     recipe: Recipe = "off"
     power_of_two: bool = True
     parts: frozenset[Part] = PARTS_IN_FP8
+    least_size: float = 0.0
     keeps_weights: bool = True
 
     def format(self, kind: Kind) -> torch.dtype:
         """The FP8 format of a kind of tensor."""
         return E5M2 if kind == "gradient" and self.recipe != "block" else E4M3
 
-
-def parts_in_fp8(device_type: str) -> frozenset[Part]:
-    """The parts of the network that are in FP8 on a device: on a GPU, those that are faster for it."""
-    return PARTS_ON_GPU if device_type == "cuda" else PARTS_IN_FP8
+    def takes(self, part: str, in_features: int, out_features: int) -> bool:
+        """Whether a product with a matrix [out, in] of a part of the network is in FP8."""
+        fits = in_features % SIZE_MULTIPLE == out_features % SIZE_MULTIPLE == 0
+        is_large = in_features * out_features >= self.least_size * (in_features + out_features)
+        return self.recipe != "off" and part in self.parts and fits and is_large
 
 
 class Rounded(NamedTuple):
@@ -161,10 +166,7 @@ class Fp8:
 
     def quantizer(self, part: Part, in_features: int, out_features: int, *, num_experts: int = 0) -> "Quantizer | None":
         """How a matrix [out, in], or one for each expert, is multiplied in FP8; None if it is not."""
-        fits = in_features % SIZE_MULTIPLE == 0 and out_features % SIZE_MULTIPLE == 0
-        if self.config.recipe == "off" or part not in self.config.parts or not fits:
-            return None
-        return Quantizer(self, num_experts)
+        return Quantizer(self, num_experts) if self.config.takes(part, in_features, out_features) else None
 
     @contextmanager
     def constant_weights(self) -> Iterator[None]:

@@ -69,6 +69,8 @@ def assemble(config: Config, place: Place, stream: SampleStream) -> Assembly:
         # cuBLAS repeats its bits only with a workspace of fixed size.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        # Would write to all memory that is taken, for programs that read what they have not written.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.manual_seed(config.run.seed)
     parallel = config.parallel
     mesh = make_mesh(parallel.mesh_shape(place.world_size, node_size=place.node_size))

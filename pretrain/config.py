@@ -107,15 +107,19 @@ class PrecisionConfig:
     """`[precision]`: the dtype of weights and activations; masters, moments and gradient sums are always fp32. With
     `fp8` the operands of most products are rounded to 8 bits: with a scale for every tile of a tensor ("block", the
     report's), for every tensor ("current"), or for every tensor from the steps before ("delayed"). Scales are
-    powers of two unless `fp8_power_of_two` is false."""
+    powers of two unless `fp8_power_of_two` is false. A GPU leaves those products in `dtype` that are no faster in FP8,
+    unless `fp8_everywhere`."""
 
     dtype: Literal["bf16", "fp32"] = "bf16"
     fp8: Literal["off", "block", "current", "delayed"] = "off"
     fp8_power_of_two: bool = True
+    fp8_everywhere: bool = False
 
     def __post_init__(self) -> None:
-        if not self.fp8_power_of_two and self.fp8 == "off":
-            raise ValueError('fp8_power_of_two = false has no effect with fp8 = "off"; remove it, or set fp8')
+        for name, usual in (("fp8_power_of_two", True), ("fp8_everywhere", False)):
+            value = getattr(self, name)
+            if value != usual and self.fp8 == "off":
+                raise ValueError(f'{name} = {str(value).lower()} has no effect with fp8 = "off"; remove it, or set fp8')
 
 
 @dataclass(frozen=True, kw_only=True)

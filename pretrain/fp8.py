@@ -2,18 +2,21 @@
 
 import torch
 
-from model.fp8 import Fp8Config, parts_in_fp8
+from model.fp8 import LEAST_SIZE_ON_GPU, PARTS_IN_FP8, PARTS_ON_GPU, Fp8Config
 from model.transformer import products_in_fp8
 from pretrain.config import Config
 from pretrain.errors import UserError
 
 
 def fp8_config(config: Config, device_type: str) -> Fp8Config:
-    """How the products of a run are rounded on a kind of device, "cpu" or "cuda"."""
+    """How the products of a run are rounded on a kind of device, "cpu" or "cuda": on a GPU, those that are faster for
+    it, unless the configuration wants all."""
+    chooses = device_type == "cuda" and not config.precision.fp8_everywhere
     return Fp8Config(
         recipe=config.precision.fp8,
         power_of_two=config.precision.fp8_power_of_two,
-        parts=parts_in_fp8(device_type),
+        parts=PARTS_ON_GPU if chooses else PARTS_IN_FP8,
+        least_size=LEAST_SIZE_ON_GPU if chooses else 0.0,
         keeps_weights=config.parallel.zero_stage < 3,
     )
 

@@ -97,7 +97,7 @@ def _in_bf16(config: Config) -> Config:
         return config
     return replace(
         config,
-        precision=replace(config.precision, fp8="off", fp8_power_of_two=True),
+        precision=replace(config.precision, fp8="off", fp8_power_of_two=True, fp8_everywhere=False),
         parallel=replace(config.parallel, fp8_dispatch=False),
     )
 

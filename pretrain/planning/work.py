@@ -118,7 +118,10 @@ class StageWork:
     def _product(self, kind: str, part: str, values_in: int, values_out: int, rows: int = 1, copies: int = 1) -> Passes:
         """A product for so many rows of every token, with `copies` such weights on this rank."""
         tokens, width = rows * self.sizes.tokens, self._width
-        in_fp8 = self.fp8.recipe != "off" and (self.fp8_experts if part == "experts" else part in self.fp8.parts)
+        if part == "experts":
+            in_fp8 = self.fp8.recipe != "off" and self.fp8_experts
+        else:
+            in_fp8 = self.fp8.takes(part, values_in, values_out)
         flops = {f"{kind} fp8" if in_fp8 else kind: 2.0 * tokens * values_in * values_out}
         # Rounding reads a value and writes a byte.
         rounding = (width + 1) * tokens if in_fp8 else 0

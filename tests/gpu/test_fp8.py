@@ -52,7 +52,7 @@ def round_by_engine(rounding: Quantizer, kind: Kind, x: Tensor) -> Any:
 
 def assert_same_bits(ours: Tensor, theirs: Tensor) -> None:
     assert ours.shape == theirs.shape
-    ours, theirs = (tensor.contiguous().view(torch.uint8) for tensor in (ours, theirs))
+    ours, theirs = (tensor.clone(memory_format=torch.contiguous_format).view(torch.uint8) for tensor in (ours, theirs))
     assert torch.equal(ours, theirs), int((ours != theirs).sum())
 
 
@@ -179,7 +179,7 @@ def test_training_in_fp8(tmp_path: Path) -> None:
     exact = ("precision.dtype=bf16", "run.deterministic=true", "timeline.learning_rate=1e-3", "logging.fp8_every=3")
     finish(start_training(config, "run.name=bf16", *exact))
     for recipe in ("block", "current", "delayed"):
-        settings = (*exact, f"precision.fp8={recipe}")
+        settings = (*exact, f"precision.fp8={recipe}", "precision.fp8_everywhere=true")
         finish(start_training(config, f"run.name={recipe}", *settings))
         finish(start_training(config, f"run.name={recipe}-broken", "train.steps=5", *settings))
         finish(start_training(config, f"run.name={recipe}-broken", *settings))

@@ -5,7 +5,7 @@ import torch
 from fp8_expert_cases import check_products, check_rounding
 from support import small_model
 
-from model import experts as module
+from model import fp8_experts as module
 from model.experts import RoutedExperts, RoutedRows
 from model.fp8 import PARTS_IN_FP8, Fp8, Fp8Config
 from model.recompute import Execution

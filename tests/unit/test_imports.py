@@ -22,7 +22,7 @@ MAY_IMPORT = {
         "sentencepiece", "tokenizers", "xxhash", "wandb", "mlflow",
     },
 }  # fmt: skip
-HEAVY = ("transformer_engine", "quack")
+HEAVY = ("transformer_engine", "quack", "flash_attn")
 UNPICKLING = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 NEVER_CALLED = {
     "eval", "exec", "compile", "torch.load", "yaml.load", "os.system", "os.popen", "numpy.load", "np.load",

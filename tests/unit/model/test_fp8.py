@@ -10,7 +10,7 @@ from support import small_model
 from torch import Tensor
 
 from model import quantize
-from model.fp8 import HISTORY_STEPS, KINDS, Fp8, Fp8Config, Quantizer, parts_in_fp8, quantizers
+from model.fp8 import HISTORY_STEPS, KINDS, PARTS_ON_GPU, Fp8, Fp8Config, Quantizer, quantizers
 from model.init import initialize
 from model.linear import Linear, WeightGradients, grouped_linear
 from model.quantize import E4M3, E5M2, dequantize_blocks, dequantize_tiles, quantize_blocks, quantize_tiles
@@ -145,8 +145,9 @@ def test_which_products_are_in_fp8(part: Any) -> None:
     assert fp8.quantizer(part, 64, 40) is None
     assert fp8.quantizer(part, 40, 64) is None
     assert Fp8().quantizer(part, 64, 32) is None
-    on_gpu = Fp8(config("block", parts=parts_in_fp8("cuda")))
-    assert (on_gpu.quantizer(part, 64, 32) is None) == (part in ("prediction", "experts"))
+    on_gpu = Fp8(config("block", parts=PARTS_ON_GPU, least_size=30.0))
+    assert (on_gpu.quantizer(part, 128, 48) is None) == (part in ("prediction", "experts"))
+    assert on_gpu.quantizer(part, 64, 48) is None
 
 
 def test_what_of_a_model_is_in_fp8() -> None:

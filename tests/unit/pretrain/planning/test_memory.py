@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from model.config import ModelConfig
-from model.fp8 import Fp8Config, parts_in_fp8
+from model.fp8 import LEAST_SIZE_ON_GPU, PARTS_ON_GPU, Fp8Config
 from model.transformer import whole_model
 from parallel.build import build_executor, build_model, placement, shared_parameters
 from parallel.chunk import LossWeights, MicroBatch, Outcome
@@ -300,8 +300,10 @@ def test_tokens_are_copied_to_the_ranks_of_their_experts() -> None:
 
 def test_rounded_weights_are_kept_twice() -> None:
     model = load_config(PROJECT / "configs/dsv3_2b.toml").model
-    fp8 = Fp8Config(recipe="block", parts=parts_in_fp8("cuda"))
+    fp8 = Fp8Config(recipe="block", parts=PARTS_ON_GPU)
     attention = 2048 * (16 * 192 + 512 + 64) + 512 * 16 * 256 + 16 * 128 * 2048
     mlps = 3 * 2048 * (8192 + 6 * 2 * 1024)
     assert rounded_weights(model, whole_model(model), fp8) == 2 * (7 * attention + mlps)
+    large = Fp8Config(recipe="block", parts=PARTS_ON_GPU, least_size=LEAST_SIZE_ON_GPU)
+    assert rounded_weights(model, whole_model(model), large) == 2 * 3 * 2048 * 8192
     assert rounded_weights(model, whole_model(model), Fp8Config()) == 0
