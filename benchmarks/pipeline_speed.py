@@ -426,7 +426,7 @@ def measure_bubbles(side: Side, mesh: Mesh, setting: Setting, rounds: int) -> Bu
         meet(setting)
         clock.start(spans=True)
         side.step(lambda: None)
-        meet(setting)
+        dist.all_reduce(torch.zeros((), device=setting.device))
         clock.align()
         clock.stop()
         wait(setting)
@@ -439,8 +439,7 @@ def meet(setting: Setting) -> None:
     """Ranks go on together, with nothing left to do."""
     wait(setting)
     dist.all_reduce(torch.zeros((), device=setting.device))
-    if setting.device.type == "cpu":
-        dist.barrier()
+    wait(setting)
 
 
 def wait(setting: Setting) -> None:
