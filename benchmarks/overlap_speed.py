@@ -21,6 +21,7 @@ from datetime import date
 from functools import partial
 from pathlib import Path
 from statistics import median
+from tempfile import gettempdir
 from typing import Any
 
 import torch
@@ -164,7 +165,7 @@ def trace(side: Side, setting: Setting, rank: int) -> list[Kernel]:
     if setting.device.type != "cuda":
         side.step(lambda: None)
         return []
-    file = Path(f"/tmp/overlap-{os.getpid()}.json")
+    file = Path(gettempdir(), f"overlap-{os.getpid()}.json")
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         meet(setting)
         side.step(lambda: None)

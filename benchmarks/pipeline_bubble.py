@@ -1,4 +1,5 @@
-"""The bubble of a pipeline as it was, and as `parallel.simulate` has it from the measured durations of passes."""
+"""The bubble of a pipeline as it was, and as `parallel.simulate` has it from the measured durations of passes: from the
+medians of each kind on each stage, and, step by step, from the duration that each pass had in that step."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -14,27 +15,29 @@ from parallel.simulate import Timeline, simulate
 from parallel.spans import measured_timeline, newest_run
 
 BUBBLE_HEAD = (
-    "F / B / W ms | pipeline ms, measured | simulated | bubble ms, measured | simulated | measured / simulated | share"
+    "F / B / W ms | pipeline ms, measured | simulated | bubble ms, measured | simulated from medians | measured / that "
+    "| simulated pass by pass | measured / that | share"
 )
 _Key = tuple[tuple[Kind, int], ...]
 
 
 @dataclass(frozen=True)
 class Bubble:
-    """Seconds of the whole pipeline and of its bubble, medians over steps, measured and simulated; and of a pass by
-    kind, over all stages."""
+    """Seconds of the whole pipeline, measured and simulated; of its bubble, measured, simulated, and pass by pass; of a
+    pass by kind, over all stages. Medians over steps."""
 
     whole: tuple[float, float]
-    waiting: tuple[float, float]
+    waiting: tuple[float, float, float]
     passes: dict[Kind, float]
 
     @property
     def row(self) -> str:
         """Its cells of a table."""
         times = " / ".join(f"{1e3 * self.passes.get(kind, 0):.1f}" for kind in _SHOWN)
-        whole, waiting = (" | ".join(f"{1e3 * each:.1f}" for each in pair) for pair in (self.whole, self.waiting))
-        ratio = f"{self.waiting[0] / self.waiting[1]:.3f}" if self.waiting[1] else "-"
-        return f"{times} | {whole} | {waiting} | {ratio} | {self.waiting[0] / self.whole[0]:.1%}"
+        whole = " | ".join(f"{1e3 * each:.1f}" for each in self.whole)
+        measured, *simulated = self.waiting
+        ratios = " | ".join(f"{1e3 * each:.1f} | {measured / each:.3f}" for each in simulated)
+        return f"{times} | {whole} | {1e3 * measured:.1f} | {ratios} | {measured / self.whole[0]:.1%}"
 
 
 _SHOWN = Kind.FORWARD, Kind.BACKWARD, Kind.WEIGHT_GRAD
@@ -63,6 +66,19 @@ class MeasuredCosts:
         return sum(durations) / len(durations) if durations else 0.0
 
 
+class OwnCosts:
+    """The duration of each step in one timeline; sends are free."""
+
+    send = 0.0
+
+    def __init__(self, timeline: Timeline) -> None:
+        self._durations = {span.step: span.end - span.start for spans in timeline.spans for span in spans}
+
+    def of_step(self, step: Step) -> float:
+        """Duration of a step."""
+        return self._durations[step]
+
+
 def measure_bubble(
     executor: Executor, step: Callable[[], None], group: dist.ProcessGroup, device: torch.device, rounds: int
 ) -> Bubble:
@@ -74,9 +90,10 @@ def measure_bubble(
         timelines.append(measured_timeline(newest_run(executor), group, device))
     costs = MeasuredCosts(timelines)
     simulated = simulate(timelines[0].schedule, costs)
+    exactly = [simulate(timeline.schedule, OwnCosts(timeline)).bubble for timeline in timelines]
     return Bubble(
         (median(timeline.makespan for timeline in timelines), simulated.makespan),
-        (median(timeline.bubble for timeline in timelines), simulated.bubble),
+        (median(timeline.bubble for timeline in timelines), simulated.bubble, median(exactly)),
         {kind: costs.of_kind(kind) for kind in _SHOWN},
     )
 
