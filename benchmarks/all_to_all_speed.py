@@ -21,6 +21,7 @@ from statistics import median
 import torch
 from torch import distributed as dist
 
+from parallel.clock import Clock
 from parallel.transfer import FP8_GROUP, AllToAll, Fp8AllToAll
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,7 +30,7 @@ Work = Callable[[], object]
 
 def sides(rows: int, width: int, device: torch.device) -> dict[str, tuple[Work, int]]:
     """What is timed, and how many bytes leave a rank for others."""
-    group, size = dist.group.WORLD, dist.get_world_size()
+    group, size, clock = dist.group.WORLD, dist.get_world_size(), Clock(device)
     assert group is not None
     counts = [rows] * size
     x = torch.randn(rows * size, width, device=device, dtype=torch.bfloat16)
@@ -42,9 +43,12 @@ def sides(rows: int, width: int, device: torch.device) -> dict[str, tuple[Work, 
 
     return {
         "NCCL, bytes of bf16 rows": (plainly(2 * width), others * 2 * width),
-        "Eva, bf16": (lambda: AllToAll(group, counts, counts).send(x).wait(), others * 2 * width),
+        "Eva, bf16": (lambda: AllToAll(group, counts, counts, clock).send(x).wait(), others * 2 * width),
         "NCCL, bytes of FP8 rows": (plainly(codes_width), others * codes_width),
-        "Eva, FP8 with rounding": (lambda: Fp8AllToAll(group, counts, counts).send(x).wait(), others * codes_width),
+        "Eva, FP8 with rounding": (
+            lambda: Fp8AllToAll(group, counts, counts, clock).send(x).wait(),
+            others * codes_width,
+        ),
     }
 
 

@@ -197,6 +197,16 @@ def start_training(
     config: Path, *overrides: str, processes: int = 1, launcher_options: Sequence[str] = ()
 ) -> subprocess.Popen[str]:
     """`python -m pretrain train`, or the same under torchrun, in a process group of its own."""
+    command = ["-m", "pretrain", "train", str(config)]
+    for override in overrides:
+        command += ["--set", override]
+    return start_processes(command, processes=processes, launcher_options=launcher_options)
+
+
+def start_processes(
+    command: Sequence[str], *, processes: int, launcher_options: Sequence[str] = ()
+) -> subprocess.Popen[str]:
+    """`python COMMAND` in the project's folder, or `torchrun COMMAND`, in a process group of its own."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += [
@@ -207,13 +217,11 @@ def start_training(
             str(processes),
             *launcher_options,
         ]
-    command = [*launcher, "-m", "pretrain", "train", str(config)]
-    for override in overrides:
-        command += ["--set", override]
+    paths = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
     return subprocess.Popen(
-        command,
+        [*launcher, *command],
         cwd=PROJECT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

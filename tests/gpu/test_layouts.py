@@ -1,10 +1,13 @@
 """Layouts over NCCL on two GPUs against one: the same losses and norms."""
 
+import json
+import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from support import WIDE, finish, read_metrics, start_training, write_run
+from support import WIDE, read_metrics, start_processes, write_run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
 
@@ -22,25 +25,80 @@ LAYOUTS = {
         "parallel.pp=2", "parallel.schedule=dualpipev", 'parallel.recompute=["norms", "mla_up", "swiglu"]',
     ),
 }  # fmt: skip
-COMMON = ("train.steps=6", "train.micro_batch_size=1", "timeline.learning_rate=1e-3", "checkpoint.every=0")
+# In bf16 a rate at which rounding does not send two runs to different places.
+RATES = {"fp32": 1e-3, "bf16": 1e-4}
+STEPS = 6
+COMMON = (f"train.steps={STEPS}", "train.micro_batch_size=1", "checkpoint.every=0")
+LAUNCH_TIMEOUT_S = 240
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The folder of all runs, and of each that failed what was printed by the processes that it was the last of."""
+
+    folder: Path
+    failures: dict[str, str]
+
+
+def run_name(dtype: str, layout: str) -> str:
+    return f"{dtype}-{layout.replace(' ', '-').replace(',', '')}"
+
+
+def exact_name(dtype: str) -> str:
+    """The run in fp32 that one in `dtype` is to follow."""
+    return f"exact-for-{dtype}"
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run, with what one GPU gives in fp32 and in bf16."""
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """All layouts, in fp32 and in bf16, and what one GPU gives, at either rate in fp32 too."""
     config = write_run(tmp_path_factory.mktemp("layouts"), **DEEP)
-    for dtype in ("fp32", "bf16"):
-        finish(start_training(config, f"run.name={dtype}", f"precision.dtype={dtype}", *COMMON))
-    return config
+
+    alone, spread = {}, {}
+    for dtype, rate in RATES.items():
+        settings = [*COMMON, f"timeline.learning_rate={rate}"]
+        for name, precision in ((dtype, dtype), (exact_name(dtype), "fp32")):
+            alone[name] = [f"run.name={name}", f"precision.dtype={precision}", *settings]
+        for layout, overrides in LAYOUTS.items():
+            name = run_name(dtype, layout)
+            spread[name] = [f"run.name={name}", f"precision.dtype={dtype}", *settings, *overrides]
+    failures = train_in_turn(config, alone, processes=1) | train_in_turn(config, spread, processes=2)
+    return Runs(config.parent, failures)
+
+
+def train_in_turn(config: Path, pending: dict[str, list[str]], *, processes: int) -> dict[str, str]:
+    """Runs all, in new processes after one that fails; returns of each that did what was printed."""
+    failures = {}
+    while pending:
+        launched = start_processes(
+            ["tests/train_in_turn.py", str(config), json.dumps(list(pending.values()))], processes=processes
+        )
+        try:
+            output, _ = launched.communicate(timeout=LAUNCH_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            launched.terminate()
+            output, _ = launched.communicate(timeout=60)
+            output += f"\nnot done within {LAUNCH_TIMEOUT_S} s"
+        left = {name: run for name, run in pending.items() if not is_complete(config.parent / name)}
+        if left:
+            failed = next(iter(left))
+            failures[failed] = output
+            left.pop(failed)
+        pending = left
+    return failures
+
+
+def is_complete(run: Path) -> bool:
+    return (run / "metrics.jsonl").is_file() and len(read_metrics(run)) == STEPS
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_same_as_one_gpu(config: Path, name: str, dtype: str) -> None:
-    run = f"{dtype}-{name.replace(' ', '-').replace(',', '')}"
-    settings = (f"run.name={run}", f"precision.dtype={dtype}", *COMMON, *LAYOUTS[name])
-    finish(start_training(config, *settings, processes=2))
-    ours, one, exact = (read_metrics(config.parent / folder) for folder in (run, dtype, "fp32"))
+@pytest.mark.parametrize("dtype", RATES)
+def test_same_as_one_gpu(runs: Runs, name: str, dtype: str) -> None:
+    needed = run_name(dtype, name), dtype, exact_name(dtype)
+    for run in needed:
+        assert run not in runs.failures, runs.failures[run]
+    ours, one, exact = (read_metrics(runs.folder / run) for run in needed)
     for key in ("loss", "lm_loss", "grad_norm"):
         gap = max(abs(a[key] / b[key] - 1) for a, b in zip(one, exact, strict=True))
         for mine, other in zip(ours, exact, strict=True):

@@ -218,7 +218,7 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", config, "--device-memory", "40"]) == 2
     assert "the nearest layout that fits: " in capsys.readouterr().err
     assert main(["plan", config, "--hardware", "nothing"]) == 2
-    assert "there is no such file; shipped are h100, h800" in capsys.readouterr().err
+    assert "there is no such file; shipped are h100, h200, h800" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["tiny", "dsv3_671b"])
