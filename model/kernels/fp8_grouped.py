@@ -24,7 +24,7 @@ from model.kernels.groups import find_tile
 
 BLOCK = 128
 # Small tiles, of which a multiprocessor takes three: one is scaled while others multiply.
-ROWS_TILE = {"BLOCK_M": 64, "num_warps": 4, "num_stages": 3}
+ROWS_TILE = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
 COLUMNS_TILE = {"BLOCK_M": 64, "BLOCK_N": 128, "GROUP": 8, "num_warps": 4, "num_stages": 3}
 
 
@@ -36,9 +36,10 @@ def multiply_rows(rows: Codes, weights: Codes, counts: Tensor) -> Tensor:
     out = torch.empty(num_rows, width, dtype=torch.bfloat16, device=counts.device)
     tiles = triton.cdiv(num_rows, ROWS_TILE["BLOCK_M"]) + num_experts
     if num_rows:
-        _rows_kernel[(tiles * (width // BLOCK),)](
+        _rows_kernel[(tiles * (width // ROWS_TILE["BLOCK_N"]),)](
             _tiles(rows.codes, ROWS_TILE["BLOCK_M"]), rows.scale_inv,
-            _tiles(weights.codes.flatten(0, 1), BLOCK), weights.scale_inv, counts, out, num_rows, width, size,
+            _tiles(weights.codes.flatten(0, 1), ROWS_TILE["BLOCK_N"]), weights.scale_inv,
+            counts, out, num_rows, width, size,
             EXPERTS=num_experts, EXPERTS_BLOCK=triton.next_power_of_2(num_experts), BLOCK=BLOCK, **ROWS_TILE,
         )  # fmt: skip
     return out
@@ -66,9 +67,10 @@ def _tiles(codes: Tensor, height: int) -> Any:
 def _rows_kernel(
     codes: tl.tensor, scale_inv: tl.tensor, weights: tl.tensor, weights_scale_inv: tl.tensor, counts: tl.tensor,
     out: tl.tensor, num_rows: tl.tensor, width: tl.tensor, size: tl.tensor,
-    EXPERTS: tl.constexpr, EXPERTS_BLOCK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
+    EXPERTS: tl.constexpr, EXPERTS_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ) -> None:  # fmt: skip
-    tiles_n = width // BLOCK
+    tiles_n = width // BLOCK_N
     tile, n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
     expert, begin, end, _ = find_tile(counts, tile, EXPERTS, EXPERTS_BLOCK, BLOCK_M)
     if expert >= EXPERTS:
@@ -78,9 +80,10 @@ def _rows_kernel(
     is_row = row < end
     steps = size // BLOCK
     at_scale = scale_inv + row
-    at_weights_scale = weights_scale_inv + (expert * tiles_n + n) * steps
-    first = expert * width + n * BLOCK
-    sums = tl.zeros((BLOCK_M, BLOCK), dtype=tl.float32)
+    # A tile of columns is within one of the 128 that share a scale.
+    at_weights_scale = weights_scale_inv + (expert * (width // BLOCK) + n * BLOCK_N // BLOCK) * steps
+    first = expert * width + n * BLOCK_N
+    sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for step in range(steps):
         a = codes.load([begin, step * BLOCK])
         b = weights.load([first, step * BLOCK])
@@ -88,7 +91,7 @@ def _rows_kernel(
         sums += tl.dot(a, b.T) * factor[:, None]
         at_scale += num_rows
         at_weights_scale += 1
-    at = out + row.to(tl.int64)[:, None] * width + n * BLOCK + tl.arange(0, BLOCK)[None, :]
+    at = out + row.to(tl.int64)[:, None] * width + n * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     tl.store(at, sums.to(tl.bfloat16), mask=is_row[:, None])
 
 
