@@ -114,7 +114,7 @@ def main() -> None:
     for row in rows(arguments):
         limit = min(arguments.limit or row.limit, end - time.perf_counter())
         if not arguments.only_table:
-            measure(row, arguments, limit)
+            measure(row, arguments, limit, profiled=bool(arguments.profile) and not outcomes)
         outcome = read_outcome(row, arguments.out)
         if outcome is not None:
             outcomes.append(outcome)
@@ -173,7 +173,7 @@ def overrides(data: str) -> list[str]:
     ]
 
 
-def measure(row: Row, arguments: argparse.Namespace, limit: float) -> None:
+def measure(row: Row, arguments: argparse.Namespace, limit: float, *, profiled: bool) -> None:
     """Runs a row's script, which writes a line for each batch. What goes wrong with it is told, and costs no other."""
     began, out = time.perf_counter(), results_file(row, arguments.out)
     out.unlink(missing_ok=True)
@@ -188,7 +188,7 @@ def measure(row: Row, arguments: argparse.Namespace, limit: float) -> None:
         "steps": arguments.steps,
         "settings": row.settings,
         "out": str(out.resolve()),
-        "profiled": bool(arguments.profile),
+        "profiled": profiled,
     }
     command = [sys.executable, "-W", "ignore", str(PEERS / row.script), json.dumps(request)]
     try:

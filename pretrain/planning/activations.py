@@ -29,7 +29,7 @@ _INT64, _FP32 = 8, 4
 @dataclass(frozen=True, kw_only=True)
 class Activations:
     """Sizes of one micro-batch of `micro_batch_size` sequences, with activations of `num_bytes` each; nodes have
-    `node_size` ranks."""
+    `node_size` ranks. With `fused_experts`, as on a GPU in bf16, routed experts keep their gates and ups alone."""
 
     model: ModelConfig
     parallel: ParallelConfig
@@ -38,6 +38,7 @@ class Activations:
     seq_len: int
     masked_documents: bool = False
     node_size: int = NODE_SIZE
+    fused_experts: bool = False
 
     @property
     def tokens(self) -> int:
@@ -77,18 +78,24 @@ class Activations:
                 inner = model.n_shared_experts * model.moe_intermediate_size
                 values += attention + (2 * hidden + 3 * inner if inner else 0)
                 if self.num_rounds == 1:
-                    values += model.num_experts_per_tok * (2 * hidden + 3 * model.moe_intermediate_size)
+                    rows = self._tokens_here if self.fused_experts else model.num_experts_per_tok
+                    values += round(2 * hidden * rows) + 3 * model.num_experts_per_tok * model.moe_intermediate_size
             else:
                 values += attention + 2 * hidden + 3 * model.intermediate_size
         return Counter({"deferred": self.tokens * self.num_bytes * (values + depth * 3 * hidden)})
 
-    def working(self, layers: Sequence[int]) -> int:
-        """Bytes of what a backward pass computes again, for a while, of the largest of some layers."""
+    def working(self, layers: Sequence[int], gradient: int) -> int:
+        """Bytes of what a backward pass has for a while of the largest of some layers: what it computes again, and the
+        largest `gradient` of a weight or, where these are added to sums at once, those of experts' rows."""
         again = max((self.block(index).total() for index in layers), default=0) if self._has("block") else 0
-        experts = (
-            self._round() if self.num_rounds > 1 and any(index in self.model.moe_layers for index in layers) else 0
-        )
-        return again + experts
+        if not any(index in self.model.moe_layers for index in layers):
+            return again + gradient
+        if self.num_rounds > 1:
+            return again + self._round() + gradient
+        if not self.fused_experts:
+            return again + gradient
+        row = self.num_bytes * (self.model.hidden_size + 3 * self.model.moe_intermediate_size)
+        return again + max(gradient, self.tokens * self.model.num_experts_per_tok * row)
 
     def logits(self, device: str = "cuda") -> int:
         """Bytes that last while a loss is made: the logits of a batch or of the largest piece of it and, where pieces
@@ -200,10 +207,18 @@ class Activations:
             return sum(map(self._way, before)) + last * 2 * self.num_bytes * self.model.hidden_size
         return sum(map(self._way, self.copies)) + self._expert_rows()
 
+    @property
+    def _tokens_here(self) -> float:
+        """For each token of this rank, of how many tokens there are rows at the experts here."""
+        return self.copies[-1] if self.copies else 1.0
+
     def _expert_rows(self) -> float:
         model = self.model
-        copy = 0 if self._has("expert_rows") else self.num_bytes * model.hidden_size
-        row = copy + self._swiglu(model.moe_intermediate_size)
+        if self.fused_experts:
+            row = 2 * self.num_bytes * model.moe_intermediate_size
+        else:
+            copy = 0 if self._has("expert_rows") else self.num_bytes * model.hidden_size
+            row = copy + self._swiglu(model.moe_intermediate_size)
         weight_and_token = _FP32 + _INT64
         return model.num_experts_per_tok * (row + weight_and_token)
 

@@ -8,7 +8,7 @@ from pretrain.planning.activations import NODE_SIZE, Activations
 from pretrain.planning.memory import Device, Memory, least_held, rank_memories
 
 
-def activations_of(config: Config, *, seq_len: int, node_size: int = NODE_SIZE) -> Activations:
+def activations_of(config: Config, *, seq_len: int, node_size: int = NODE_SIZE, device: Device = "cuda") -> Activations:
     """Of the run's micro-batches at one sequence length, on nodes of so many ranks."""
     return Activations(
         model=config.model,
@@ -18,6 +18,7 @@ def activations_of(config: Config, *, seq_len: int, node_size: int = NODE_SIZE) 
         seq_len=seq_len,
         masked_documents=not config.data.cross_document_attention,
         node_size=node_size,
+        fused_experts=device == "cuda" and config.precision.dtype == "bf16",
     )
 
 
@@ -28,7 +29,7 @@ def memories_of(config: Config, world_size: int, device: Device = "cuda") -> tup
     sizes = [config.full_timeline.at(tokens).batch_size for tokens in (0, *config.full_timeline.boundaries())]
     data_ranks = config.parallel.mesh_shape(world_size).dp
     return rank_memories(
-        activations_of(config, seq_len=round(max([train.seq_len, *lengths]))),
+        activations_of(config, seq_len=round(max([train.seq_len, *lengths])), device=device),
         dtype=_dtype(config),
         optimizer=config.optimizer,
         world_size=world_size,

@@ -156,14 +156,14 @@ def rank_memories(
         logits, gradient = (activations.logits(device) if part.head else 0), dtype.itemsize * sizes.largest
         # What the losses kept is gone before layers run again; the logits are, before anything else is made.
         loss = activations.loss() if part.head else 0
-        backward = max(logits, gradient, activations.working(part.layers) + gradient - loss)
+        backward = max(logits, gradient, activations.working(part.layers, gradient) - loss)
         memories.append(
             Memory(
                 held=_held(sizes, division),
                 activations=(
                     *live,
                     *_rounded(model, part, fp8),
-                    Part("backward pass", backward, "its largest gradients, what it computes again"),
+                    Part("backward pass", backward, "gradients on their way, what it computes again"),
                 ),
                 step=_step_buffers(sizes, division, device),
                 live=pipeline.peaks[place],

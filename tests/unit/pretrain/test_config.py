@@ -110,7 +110,7 @@ MISTAKES = {
     ),
     "unknown key without a near one": (
         ["precision.zzz=1"],
-        "precision.zzz is not a known key; known here: dtype, fp8, fp8_power_of_two",
+        "precision.zzz is not a known key; known here: dtype, fp8, fp8_everywhere, fp8_power_of_two",
     ),
     "unknown key in a piece": (
         ["timeline.learning_rate=[{value=1, untill=10}, {value=2}]"],

@@ -29,7 +29,6 @@ def test_a_configuration_says_how_products_are_rounded() -> None:
     [
         ("tiny", "cpu", "; in fp32: self_attn.kv_a_proj_with_mqa"),
         ("dsv3_2b", "cpu", ""),
-        ("dsv3_2b", "cuda", "; in bf16: mlp.experts.gate_up_proj, mlp.experts.down_proj"),
         ("dsv3_671b", "cpu", ""),
     ],
 )
@@ -38,6 +37,21 @@ def test_the_log_says_what_is_in_fp8_and_what_is_not(name: str, device: str, hig
     line = describe_fp8(run, fp8_config(run, device))
     assert line.startswith("fp8 = block: self_attn.q_")
     assert line.endswith(f"mlp.shared_experts.gate_up_proj, mlp.shared_experts.down_proj{high}")
+    everywhere = config("precision.fp8=block", "precision.fp8_everywhere=true", name=name)
+    assert describe_fp8(everywhere, fp8_config(everywhere, "cuda")) == line
+
+
+def test_on_a_gpu_products_are_in_fp8_that_gain_by_it() -> None:
+    expected = {
+        "small": "fp8 = block: nothing; in bf16: self_attn.q_proj, ",
+        "dsv3_2b": "fp8 = block: mlp.gate_up_proj, mlp.down_proj; in bf16: self_attn.q_proj, ",
+        "dsv3_671b": "fp8 = block: self_attn.o_proj, mlp.gate_up_proj, mlp.down_proj, mlp.shared_experts.gate_up",
+    }
+    for name, line in expected.items():
+        run = config("precision.fp8=block", name=name)
+        found = describe_fp8(run, fp8_config(run, "cuda"))
+        assert found.startswith(line)
+        assert found.endswith("mlp.shared_experts.down_proj")
 
 
 @pytest.mark.parametrize(

@@ -236,8 +236,8 @@ def test_activations_are_what_a_forward_pass_leaves(
 
 
 def test_peaks_seen_on_a_gpu() -> None:
-    """The most that torch.cuda had allocated on an H100, in GiB, in steps of one micro-batch of dsv3_2b in bf16."""
-    for size, moments, gib in [(4, "fp32", 59.6), (8, "fp32", 72.1), (8, "bf16", 61.8)]:
+    """The most that torch.cuda had allocated on an H200, in GiB, in steps of one micro-batch of dsv3_2b in bf16."""
+    for size, moments, gib in [(8, "fp32", 66.3), (16, "fp32", 86.0), (8, "bf16", 55.9), (16, "bf16", 75.6)]:
         overrides = [f"train.micro_batch_size={size}", f"train.batch_size={size}", f"optimizer.moments={moments}"]
         planned = plan(load_config(PROJECT / "configs" / "dsv3_2b.toml", overrides), 1)
         assert planned.memory.peak / memory.GIB == pytest.approx(gib, rel=0.005)
