@@ -5,10 +5,8 @@
     python benchmarks/overlap_speed.py --device cpu --rounds 2       # gloo, that it runs
 
 The same micro-batches forward and backward, without an optimizer: pairs of passes in turns, so that all-to-alls of one
-run beside the arithmetic of the other; the same where a forward pass waits at once for the counts that it exchanges
-before rows, so that it takes as many turns a layer as a backward pass, two, not three; the same schedule with the
-passes of a pair one after another, each waiting for its own all-to-alls; and 1f1b. Losses and norms are compared first.
-Then one step of each is traced.
+run beside the arithmetic of the other; the same schedule with the passes of a pair one after another, each waiting for
+its own all-to-alls; and 1f1b. Losses and norms are compared first. Then one step of each is traced.
 """
 
 import argparse
@@ -34,7 +32,6 @@ import parallel.executor
 from parallel.build import build_executor
 from parallel.chunk import LossWeights, MicroBatch
 from parallel.config import ParallelConfig
-from parallel.dispatch import Dispatcher
 from parallel.mesh import Mesh, make_mesh
 from parallel.schedule import ScheduleName
 from parallel.tape import Steps, run_in_turns, run_to_end
@@ -98,7 +95,6 @@ def make_sides(arguments: argparse.Namespace, mesh: Mesh, setting: Setting) -> l
     make = partial(make_side, arguments, mesh, setting, batches)
     return [
         make("pairs in turns", "dualpipev", run_in_turns),
-        make("pairs in turns, none for counts", "dualpipev", run_in_turns, counts_at_once=True),
         make("pairs one after another", "dualpipev", one_after_another),
         make("pairs in turns, once more", "dualpipev", run_in_turns),
         make("1f1b", "1f1b", run_in_turns),
@@ -113,8 +109,6 @@ def make_side(
     name: str,
     schedule: ScheduleName,
     pairing: Pairing,
-    *,
-    counts_at_once: bool = False,
 ) -> Side:
     parallel = layout(arguments, schedule)
     model = build(setting, parallel, mesh)
@@ -122,7 +116,7 @@ def make_side(
 
     def step(end: Ending) -> float:
         model.zero_grad()
-        with pairs_run(pairing, counts_at_once):
+        with pairs_run(pairing):
             outcome = executor.train(batches, LossWeights(1 / len(batches), 0.0, 0.0))
         end()
         return float(outcome.losses[0]) / len(batches)
@@ -138,26 +132,18 @@ def one_after_another(one: Steps[Any], other: Steps[Any]) -> Any:
 
 
 @contextmanager
-def pairs_run(pairing: Pairing, counts_at_once: bool) -> Iterator[None]:
-    """How the executor runs pairs, marked for a trace, and the dispatcher its exchange of counts."""
-    prepare = Dispatcher._prepare
+def pairs_run(pairing: Pairing) -> Iterator[None]:
+    """How the executor runs pairs, marked for a trace."""
 
     def marked(one: Steps[Any], other: Steps[Any]) -> Any:
         with record_function(PAIR):
             return pairing(one, other)
 
-    def prepare_at_once(*arguments: Any, **named: Any) -> Steps[Any]:
-        return run_to_end(prepare(*arguments, **named))
-        yield
-
     parallel.executor.run_in_turns = marked
-    if counts_at_once:
-        Dispatcher._prepare = prepare_at_once  # type: ignore[method-assign]
     try:
         yield
     finally:
         parallel.executor.run_in_turns = run_in_turns
-        Dispatcher._prepare = prepare  # type: ignore[method-assign]
 
 
 def trace(side: Side, setting: Setting, rank: int) -> list[Kernel]:

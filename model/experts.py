@@ -21,12 +21,13 @@ from model.recompute import Execution
 
 class RoutedRows(NamedTuple):
     """Rows [R, D] with the chosen experts [R, K], counted from the first that lives here (−1: none), and their weights
-    [R, K] in fp32. `complete` says that no choice is −1."""
+    [R, K] in fp32. `complete` says that no choice is −1; else `num_choices` of them are not, if that is known."""
 
     rows: Tensor
     experts: Tensor
     weights: Tensor
     complete: bool = True
+    num_choices: int | None = None
 
 
 class SwiGLU(nn.Module):
@@ -82,7 +83,9 @@ def sort_by_expert(routed: RoutedRows, num_experts: int) -> tuple[Copies, Tensor
     if not routed.complete:
         experts = torch.where(experts < 0, num_experts, experts)
     places, order, counts = _count_and_place(experts, num_experts)
-    num_here = experts.numel() if routed.complete else int(counts.sum())
+    num_here = experts.numel() if routed.complete else routed.num_choices
+    if num_here is None:
+        num_here = int(counts.sum())
     slots = places if routed.complete else places.clamp(max=num_here)
     return Copies(slots.view(routed.experts.shape), order[:num_here], routed.complete), counts
 

@@ -138,9 +138,11 @@ class Chunk:
             residual, normed, choice_weights = tape.cut(residual, normed, choice_weights, roots=passing.roots)
             passing.roots.clear()
         choices = RoutedRows(normed.flatten(0, 1), attended.route.experts, choice_weights)
-        at_once = partial(block.routed, defers=False)
-        routed = yield from self.dispatcher.run(tape, choices, block.routed, at_once, passing.outcome.add_rows)
+        announced = self.dispatcher.announce(choices.experts)
+        # Here, as the host is about to wait for what was announced.
         shared = block.shared(normed)
+        at_once, add_rows = partial(block.routed, defers=False), passing.outcome.add_rows
+        routed = yield from self.dispatcher.run(tape, choices, announced, block.routed, at_once, add_rows)
         out = residual + routed.view_as(residual)
         return out if shared is None else out + shared
 

@@ -9,11 +9,13 @@ No token is dropped. If routing is skewed, one rank may get the rows of all othe
 at its experts at once, the last hop and the experts' work are done in as many rounds as it takes, each recomputed in
 the backward pass, so that the bound holds there too.
 
-The rows of a hop are in order of round, destination and token. Counts are exchanged once a hop.
+The rows of a hop are in order of round, destination and token. Counts are exchanged once a hop, before rows, and are
+the one thing that the host waits for: `announce` launches this, so that a GPU has other work until they are there.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,12 +44,55 @@ class Hop:
 @dataclass(frozen=True)
 class _Way:
     """How the rows of one hop go: which tokens they are copies of, the rows of each round, and the exchange there;
-    and how many arrive here in all rounds."""
+    and how many rows with how many choices arrive here in all rounds."""
 
     copies: Copies
     rows_of_rounds: tuple[int, ...]
     num_arriving: int
+    num_choices: int
     exchanges: tuple[AllToAll, ...]
+
+
+class Counts(NamedTuple):
+    """How many rows, and how many choices of theirs, go from each of the members of a hop to each other: [from, to]."""
+
+    rows: Tensor
+    choices: Tensor
+
+
+class Announcement:
+    """Counts on their way to the host. `goes` [T, members] says which members the tokens here go to."""
+
+    def __init__(self, experts: Tensor, hop: Hop, stream: torch.cuda.Stream | None) -> None:
+        chosen, num_members = _destinations(experts, hop), dist.get_world_size(hop.group)
+        none = chosen.new_zeros(num_members + 1)
+        self.goes = none.expand(len(chosen), -1).bool().scatter(1, chosen, True)[:, :num_members]
+        choices = none.scatter_add(0, chosen.flatten(), torch.ones_like(chosen).flatten())[:num_members]
+        leaving = torch.stack((self.goes.sum(0), choices))
+        # [from, rows or choices, to]
+        self._on_device = leaving.new_empty(num_members, *leaving.shape)
+        self._work = dist.all_gather(list(self._on_device), leaving, group=hop.group, async_op=True)
+        self._copied: torch.cuda.Event | None = None
+        if stream is not None:
+            # Another stream waits for it, in which nothing else is queued.
+            with torch.cuda.stream(stream):
+                self._work.wait()
+                self._on_host = torch.empty_like(self._on_device, device="cpu", pin_memory=True)
+                self._on_host.copy_(self._on_device, non_blocking=True)
+                self._copied = torch.cuda.Event()
+                self._copied.record()
+
+    def wait(self) -> Counts:
+        """The counts on the host."""
+        self._work.wait()
+        if self._copied is None:
+            return Counts(*self._on_device.unbind(1))
+        self._copied.synchronize()
+        return Counts(*self._on_host.unbind(1))
+
+    def most_rows(self) -> Tensor:
+        """The largest number of rows that arrive at any member, on the device."""
+        return self._on_device[:, 0].sum(0).max()
 
 
 class Dispatcher:
@@ -60,6 +105,7 @@ class Dispatcher:
         self._hops = tuple(hops)
         self._clock = clock
         self._group = group
+        self._stream: torch.cuda.Stream | None = None
         self._max_rows = max_rows
         self._exchange = Fp8AllToAll if fp8 else AllToAll
 
@@ -68,28 +114,45 @@ class Dispatcher:
         """Whether rows go anywhere. If not, `run` leaves nothing on the tape, and its inputs need not be leaves."""
         return bool(self._hops)
 
+    def announce(self, experts: Tensor) -> Announcement | None:
+        """Tells the others how many rows will come, for choices [T, K] among all experts. What is computed until `run`
+        is under way then."""
+        return self._announce(self._hops[0], experts) if self._hops else None
+
+    def _announce(self, hop: Hop, experts: Tensor) -> Announcement:
+        if experts.is_cuda and self._stream is None:
+            self._stream = torch.cuda.Stream()
+        return Announcement(experts, hop, self._stream)
+
     def run(
-        self, tape: Tape, routed: RoutedRows, experts: Experts, experts_at_once: Experts, count: Count
+        self,
+        tape: Tape,
+        routed: RoutedRows,
+        announced: Announcement | None,
+        experts: Experts,
+        experts_at_once: Experts,
+        count: Count,
     ) -> Steps[Tensor]:
-        """What the tokens [T, D] get from their experts. Rows and weights are leaves; choices are among all experts.
-        `experts` are those that live here, `experts_at_once` the same without deferring anything. Yields while
-        something is under way."""
-        if not self._hops:
+        """What the tokens [T, D] get from their experts, whose choices were announced. Rows and weights are leaves;
+        choices are among all experts. `experts` are those that live here, `experts_at_once` the same without deferring
+        anything. Yields while rows are under way."""
+        if announced is None:
             count(len(routed.rows), 1)
-        return (yield from self._run(self._hops, tape, routed, experts, experts_at_once, count))
+            return experts(routed)
+        return (yield from self._run(self._hops, announced, tape, routed, experts, experts_at_once, count))
 
     def _run(
         self,
         hops: tuple[Hop, ...],
+        announced: Announcement,
         tape: Tape,
         routed: RoutedRows,
         experts: Experts,
         experts_at_once: Experts,
         count: Count,
     ) -> Steps[Tensor]:
-        if not hops:
-            return experts(routed)
-        way, packed = yield from self._prepare(hops[0], routed, bound=self._max_rows if len(hops) == 1 else 0)
+        bound = self._max_rows if len(hops) == 1 else 0
+        way, packed = self._prepare(hops[0], announced, routed, bound=bound)
         if len(hops) == 1:
             count(way.num_arriving, len(way.exchanges))
         if len(way.exchanges) == 1:
@@ -97,7 +160,8 @@ class Dispatcher:
             there = self._there_and_back(
                 way.exchanges[0],
                 packed.experts,
-                lambda tape, arrived: self._run(hops[1:], tape, arrived, experts, experts_at_once, count),
+                way.num_choices,
+                lambda tape, arrived: self._go_on(hops[1:], tape, arrived, experts, experts_at_once, count),
             )
             results = yield from there(tape, rows, weights)
             return collect(results, way.copies)
@@ -107,15 +171,30 @@ class Dispatcher:
             there = self._there_and_back(
                 way.exchanges[number],
                 choices,
-                lambda tape, arrived: self._run((), tape, arrived, experts_at_once, experts_at_once, count),
+                None,
+                lambda tape, arrived: self._go_on((), tape, arrived, experts_at_once, experts_at_once, count),
             )
             parts.append((yield from tape.run_twice(there, pieces[number], pieces[num_rounds + number])))
         return collect(torch.cat(parts), way.copies)
 
+    def _go_on(
+        self, hops: tuple[Hop, ...], tape: Tape, arrived: RoutedRows, experts: Experts, *others: Any
+    ) -> Steps[Tensor]:
+        """From where rows have arrived to their experts."""
+        if not hops:
+            return experts(arrived)
+        announced = self._announce(hops[0], arrived.experts)
+        return (yield from self._run(hops, announced, tape, arrived, experts, *others))
+
     def _there_and_back(
-        self, exchange: AllToAll, choices: Tensor, work: Callable[[Tape, RoutedRows], Steps[Tensor]]
+        self,
+        exchange: AllToAll,
+        choices: Tensor,
+        num_choices: int | None,
+        work: Callable[[Tape, RoutedRows], Steps[Tensor]],
     ) -> Callable[..., Steps[Tensor]]:
-        """A part of the pass: sends leaves, works where they arrive, brings the results back as a leaf."""
+        """A part of the pass: sends leaves, works where they arrive with `num_choices` of experts there if that is
+        known, brings the results back as a leaf."""
 
         def part(tape: Tape, rows: Tensor, weights: Tensor) -> Steps[Tensor]:
             choices_in_flight = AllToAll.send(exchange, choices)
@@ -123,7 +202,7 @@ class Dispatcher:
             yield
             (experts,) = choices_in_flight.wait()
             rows, weights = tape.arrive(transfer)
-            results = yield from work(tape, RoutedRows(rows, experts, weights, complete=False))
+            results = yield from work(tape, RoutedRows(rows, experts, weights, False, num_choices))
             (leaf,) = tape.cut(results)
             transfer = tape.launch(exchange.reversed(), leaf)
             yield
@@ -132,35 +211,28 @@ class Dispatcher:
 
         return part
 
-    def _count_rounds(self, counts: Tensor, bound: int) -> int:
+    def _count_rounds(self, counts: Counts, announced: Announcement, bound: int) -> int:
         """How many rounds keep the rows that arrive under the bound, the same on all ranks of the expert group: else
         passes that take turns would take them differently."""
-        most = counts.sum(0).max()
+        most = counts.rows.sum(0).max()
         if len(self._hops) > 1:
+            most = announced.most_rows()
             dist.all_reduce(most, dist.ReduceOp.MAX, group=self._group)
-        return max(-(-int(most) // (bound - len(counts))), 1)
+        return max(-(-int(most) // (bound - len(counts.rows))), 1)
 
-    def _prepare(self, hop: Hop, routed: RoutedRows, *, bound: int) -> Steps[tuple[_Way, RoutedRows]]:
+    def _prepare(self, hop: Hop, announced: Announcement, routed: RoutedRows, *, bound: int) -> tuple[_Way, RoutedRows]:
         """Finds out what goes where, in how many rounds, and copies it into the order of sending."""
-        goes = _destinations(routed.experts, hop)
-        leaving = goes.sum(0)
-        members, place = len(leaving), dist.get_rank(hop.group)
-        everyones = [torch.empty_like(leaving) for _ in range(members)]
-        work = dist.all_gather(everyones, leaving, group=hop.group, async_op=True)
-        yield
         with self._clock.phase("all_to_all"):
-            work.wait()
-        # [from, to]
-        counts = torch.stack(everyones)
-        num_rounds = self._count_rounds(counts, bound) if bound else 1
-        counts = counts.cpu()
-        sizes = _sizes_of_rounds(counts, num_rounds)
-        copies, rounds = _order(goes, sizes[:, place].to(goes.device), routed.experts.shape[1])
+            counts = announced.wait()
+        place = dist.get_rank(hop.group)
+        sizes = _sizes_of_rounds(counts.rows, self._count_rounds(counts, announced, bound) if bound else 1)
+        copies, members = _order(announced.goes, sizes[:, place], routed.experts.shape[1])
         exchanges = [
             self._exchange(hop.group, size[place].tolist(), size[:, place].tolist(), self._clock) for size in sizes
         ]
-        way = _Way(copies, tuple(sizes[:, place].sum(1).tolist()), int(counts[:, place].sum()), tuple(exchanges))
-        return way, _pack(routed, copies, rounds, hop)
+        num_arriving, num_choices = (int(count[:, place].sum()) for count in counts)
+        way = _Way(copies, tuple(sizes[:, place].sum(1).tolist()), num_arriving, num_choices, tuple(exchanges))
+        return way, _pack(routed, copies, members, hop)
 
 
 def make_dispatcher(mesh: Mesh, num_experts: int, *, max_rows: int, fp8: bool, clock: Clock) -> Dispatcher:
@@ -172,10 +244,8 @@ def make_dispatcher(mesh: Mesh, num_experts: int, *, max_rows: int, fp8: bool, c
 
 
 def _destinations(experts: Tensor, hop: Hop) -> Tensor:
-    """Which members the tokens of choices [T, K] go to: [T, members], boolean."""
-    members = dist.get_world_size(hop.group)
-    chosen = torch.where(experts < 0, members, experts // hop.num_experts)
-    return experts.new_zeros(len(experts), members + 1, dtype=torch.bool).scatter_(1, chosen, True)[:, :members]
+    """The members that have the experts of choices [T, K], of a choice of none their number."""
+    return torch.where(experts < 0, dist.get_world_size(hop.group), experts // hop.num_experts)
 
 
 def _sizes_of_rounds(counts: Tensor, num_rounds: int) -> Tensor:
@@ -186,9 +256,9 @@ def _sizes_of_rounds(counts: Tensor, num_rounds: int) -> Tensor:
 
 def _order(goes: Tensor, sizes: Tensor, num_choices: int) -> tuple[Copies, Tensor]:
     """The copies that `goes` [T, members] asks for, in order of round, member and token, when `sizes`
-    [rounds, members] of them go in each round; and the member that each row goes to."""
-    members = goes.shape[1]
-    num_rows = int(sizes.sum())
+    [rounds, members], known to the host, of them go in each round; and the member that each row goes to."""
+    members, num_rows = goes.shape[1], int(sizes.sum())
+    sizes = sizes.to(goes.device)
     number = goes.long().cumsum(0) - 1
     ends = sizes.cumsum(0)
     rounds = (number.unsqueeze(0) >= ends.unsqueeze(1)).sum(0).clamp(max=len(sizes) - 1)
@@ -198,7 +268,8 @@ def _order(goes: Tensor, sizes: Tensor, num_choices: int) -> tuple[Copies, Tenso
     slots = torch.where(goes, places, num_rows)
     if members > num_choices:
         slots = slots.sort(1).values[:, :num_choices].contiguous()  # without the rest of what was sorted
-    members_of_rows = torch.arange(members, device=goes.device).repeat(len(sizes)).repeat_interleave(sizes.flatten())
+    in_order = torch.arange(members, device=goes.device).repeat(len(sizes))
+    members_of_rows = in_order.repeat_interleave(sizes.flatten(), output_size=num_rows)
     return find_copies(slots, num_rows, complete=num_rows == slots.numel()), members_of_rows
 
 

@@ -42,6 +42,7 @@ def travel(rank: int, node_size: int, max_rows: int, fp8: bool, skew: bool) -> d
 
     def experts(routed: RoutedRows) -> Tensor:
         arrived.append(len(routed.rows))
+        assert routed.num_choices in (None, int((routed.experts >= 0).sum()))
         factors = torch.where(routed.experts >= 0, routed.weights * (routed.experts + first + 1), 0.0)
         return routed.rows * factors.sum(1, keepdim=True)
 
@@ -52,7 +53,9 @@ def travel(rank: int, node_size: int, max_rows: int, fp8: bool, skew: bool) -> d
     tape = Tape()
     counted: list[tuple[int, int]] = []
     routed = RoutedRows(x, chosen, weights)
-    (out,) = tape.cut(run_to_end(dispatcher.run(tape, routed, experts, experts, lambda *seen: counted.append(seen))))
+    announced = dispatcher.announce(chosen)
+    steps = dispatcher.run(tape, routed, announced, experts, experts, lambda *seen: counted.append(seen))
+    (out,) = tape.cut(run_to_end(steps))
     assert counted == [(sum(arrived), len(arrived))]
     forward_rows, forward_sends = list(arrived), len(sent)
     out.grad = torch.ones_like(out)
