@@ -153,7 +153,8 @@ def parse() -> argparse.Namespace:
 
 def rows(arguments: argparse.Namespace) -> list[Row]:
     """Eva's rows, as asked for or in bf16 and in FP8, then the peers', those that were asked for."""
-    asked = arguments.eva or [["bf16"], ["FP8 block", 'precision.fp8="block"']]
+    moments = 'optimizer.moments="fp32"'
+    asked = arguments.eva or [["bf16", moments], ["FP8 block", moments, 'precision.fp8="block"']]
     ours = [Row("Eva", name, "eva_side.py", overrides=tuple(settings)) for name, *settings in asked]
     named = [row for row in ON_REQUEST if arguments.only and wanted(row, arguments.only)]
     return [row for row in (*ours, *PEER_ROWS) if wanted(row, arguments.only)] + named

@@ -22,6 +22,8 @@ from model.permute import Copies
 class Products(Protocol):
     """The products of experts, as `model.quack.Quack` explains them. `Rows` is whatever `rows` gives."""
 
+    name: str
+
     def rows(self, copies: Copies, counts: Tensor) -> Any: ...
 
     def gate_up(self, x: Tensor, matrices: Tensor, rows: Any) -> tuple[Tensor, Tensor]: ...
@@ -51,6 +53,8 @@ class Rows(NamedTuple):
 
 class Plain:
     """torch's grouped products, with passes over memory between them."""
+
+    name = "torch"
 
     def rows(self, copies: Copies, counts: Tensor) -> Rows:
         return Rows(copies.tokens, counts, counts.cumsum(0, dtype=torch.int32))
@@ -96,10 +100,10 @@ def can_fuse(x: Tensor, copies: Copies, gate_up_proj: Tensor) -> bool:
     return x.is_cuda and x.dtype == gate_up_proj.dtype == torch.bfloat16 and len(copies.choices) > 0
 
 
-def products_for(gate_up_proj: Tensor) -> Products:
-    """Those that experts with such a first matrix are computed with."""
-    inner, hidden = gate_up_proj.shape[1] // 2, gate_up_proj.shape[2]
-    return quack.Quack() if inner % quack.MULTIPLE == hidden % quack.MULTIPLE == 0 and quack.is_installed() else Plain()
+def products_for(hidden: int, inner: int) -> Products:
+    """Those that experts of such sizes are computed with on this GPU."""
+    fits = inner % quack.MULTIPLE == hidden % quack.MULTIPLE == 0
+    return quack.Quack() if fits and quack.is_installed() else Plain()
 
 
 def fused_experts(
@@ -130,7 +134,7 @@ class _FusedExperts(torch.autograd.Function):
     ) -> Tensor:
         from model.kernels.permute import sum_rows
 
-        products = products_for(gate_up_proj)
+        products = products_for(*down_proj.shape[1:])
         rows = products.rows(copies, counts)
         gate_up, inner = products.gate_up(x, gate_up_proj, rows)
         results = products.down(inner, down_proj, rows)
@@ -144,7 +148,7 @@ class _FusedExperts(torch.autograd.Function):
 
         x, weights, gate_up = ctx.saved_tensors
         (first, second), rows, copies = ctx.matrices, ctx.rows, ctx.copies
-        products, grad = products_for(first), grad.contiguous()
+        products, grad = products_for(*second.shape[1:]), grad.contiguous()
         row_weights = weights.flatten().index_select(0, copies.choices)
         grad_gate_up, inner, grad_weights = products.down_backward(grad, second, gate_up, row_weights, rows)
         grad_rows = products.gate_up_backward(grad_gate_up, first, rows)

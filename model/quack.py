@@ -61,6 +61,8 @@ class Rows(NamedTuple):
 class Quack:
     """The products of experts. gate_up has gates and ups in turns here."""
 
+    name = "QuACK"
+
     def rows(self, copies: Copies, counts: Tensor) -> Rows:
         """Copies ordered by expert, of which each has `counts` [E]."""
         return Rows(_fill_up(copies.tokens.int()), F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0)))

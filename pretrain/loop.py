@@ -9,6 +9,8 @@ from functools import partial
 from data.loader import BatchLoader, BatchSpec
 from data.stream import SampleStream
 from model.attention import attention_kernel
+from model.bf16_experts import products_for
+from model.config import ModelConfig
 from model.counts import count_parameters
 from parallel.heartbeat import Pace, watch_ranks
 from parallel.launch import Place
@@ -91,6 +93,8 @@ def _train_from(
         recorder.tell("resume" if state.step else "start", state.step, _describe_start(run, state))
         if run.place.device.type == "cuda":
             recorder.say(_describe_attention(run, state))
+            if run.config.precision.dtype == "bf16":
+                recorder.say(_describe_experts(run.config.model))
         if run.config.precision.fp8 != "off":
             recorder.say(describe_fp8(run.config, run.model.execution.fp8.config))
         return _loop(run, state, held_out, recorder, stop, progress)
@@ -235,6 +239,12 @@ def _describe_start(run: Assembly, state: TrainState) -> str:
     begin = f"resumed after step {state.step:,}" if state.step else "started"
     processes = f"{run.place.world_size} process" + ("es" if run.place.world_size > 1 else "")
     return f"{begin}: {run.folder}, {parameters:,} parameters, {processes} on {run.place.device.type}"
+
+
+def _describe_experts(model: ModelConfig) -> str:
+    """Whose products compute those in bf16."""
+    name = products_for(model.hidden_size, model.moe_intermediate_size).name
+    return f"experts: {name}" + ("" if name == "QuACK" else ", slower than QuACK, which the extra `gpu` brings")
 
 
 def _describe_attention(run: Assembly, state: TrainState) -> str:

@@ -65,7 +65,7 @@ def check_fused_experts(products: Any, name: str, dtype: torch.dtype, tolerance:
     x, grad = (torch.randn(len(choice), HIDDEN, generator=generator).to(DEVICE, dtype) for _ in range(2))
     weights = torch.rand(choice.shape, generator=generator).to(DEVICE)
     expected, largest = one_at_a_time(experts, x, weights, choice, grad)
-    monkeypatch.setattr(bf16_experts, "products_for", lambda _: products)
+    monkeypatch.setattr(bf16_experts, "products_for", lambda *_: products)
     copies, counts = sort_by_expert(RoutedRows(x, choice, weights, bool((choice >= 0).all())), NUM_EXPERTS)
 
     def run(later: WeightGradients) -> list[Tensor]:

@@ -1,11 +1,12 @@
 """Transformer Engine against the reference: quantised values to the bit, products within the order of their sums."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support import WIDE, finish, read_metrics, start_training, write_run
+from support import WIDE, finish, read_metrics, start_processes, write_run
 from torch import Tensor
 
 from model.fp8 import Fp8, Fp8Config, Kind, Quantizer
@@ -17,6 +18,7 @@ from pretrain.checkpoints.checkpoint import CheckpointReader, step_folder
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
+RECIPES = ("block", "current", "delayed")
 SHAPES = [(256, 384), (336, 208), (16, 576), (1024, 128)]
 
 
@@ -177,12 +179,14 @@ def test_training_in_fp8(tmp_path: Path) -> None:
     """Every recipe follows bf16, and goes on to the bit after an interruption."""
     config = write_run(tmp_path, **WIDE)
     exact = ("precision.dtype=bf16", "run.deterministic=true", "timeline.learning_rate=1e-3", "logging.fp8_every=3")
-    finish(start_training(config, "run.name=bf16", *exact))
-    for recipe in ("block", "current", "delayed"):
+    runs = [["run.name=bf16", *exact]]
+    for recipe in RECIPES:
         settings = (*exact, f"precision.fp8={recipe}", "precision.fp8_everywhere=true")
-        finish(start_training(config, f"run.name={recipe}", *settings))
-        finish(start_training(config, f"run.name={recipe}-broken", "train.steps=5", *settings))
-        finish(start_training(config, f"run.name={recipe}-broken", *settings))
+        runs.append([f"run.name={recipe}", *settings])
+        runs.append([f"run.name={recipe}-broken", "train.steps=5", *settings])
+        runs.append([f"run.name={recipe}-broken", *settings])
+    finish(start_processes(["tests/train_in_turn.py", str(config), json.dumps(runs)], processes=1))
+    for recipe in RECIPES:
         metrics = read_metrics(tmp_path / recipe)
         for high, low in zip(read_metrics(tmp_path / "bf16"), metrics, strict=True):
             assert low["lm_loss"] == pytest.approx(high["lm_loss"], rel=5e-3), (recipe, high["step"])

@@ -1,11 +1,15 @@
 """The same command on a GPU: bf16 over NCCL, fused AdamW, resume bit for bit in deterministic mode."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support import PROJECT, WIDE, finish, read_metrics, start_training, write_run
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from model import flash
 from model.attention import attention_kernel
 from pretrain.checkpoints.checkpoint import CheckpointReader, step_folder
 from pretrain.config import load_config
@@ -45,3 +49,33 @@ def test_cudnn_attends(name: str) -> None:
         torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True)
         torch.cuda.synchronize()
     assert any("cudnn" in event.key for event in profile.key_averages()), [e.key for e in profile.key_averages()]
+
+
+def test_attention_repeats_its_bits_where_it_must() -> None:
+    """By FlashAttention 4, whose values are not cut out of a whole tensor but lie beside keys, as in the model."""
+    torch.manual_seed(0)
+    q, k = (torch.randn(2, 1000, 4, 192, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(2))
+    both = torch.randn(2, 1000, 4, 256, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    grad = torch.randn(2, 1000, 4, 128, device="cuda", dtype=torch.bfloat16)
+    scale = 192**-0.5
+    assert not flash.can_attend(q, both[..., 128:])
+    torch.use_deterministic_algorithms(True)
+    try:
+        if not flash.can_attend(q, both[..., 128:]):
+            pytest.skip("FlashAttention 4 is not installed")
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+    def passes(attend: Any) -> list[Tensor]:
+        out = attend(q, k, both[..., 128:])
+        return [out, *torch.autograd.grad(out, (q, k, both), grad.to(out.dtype))]
+
+    def exactly(*tensors: Tensor) -> Tensor:
+        heads = (tensor.double().transpose(1, 2) for tensor in tensors)
+        with sdpa_kernel(SDPBackend.MATH):
+            return torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True, scale=scale).transpose(1, 2)
+
+    first, again = (passes(lambda *tensors: flash.attend(*tensors, scale)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    for ours, right in zip(first, passes(exactly), strict=True):
+        assert (ours - right).norm() < 1e-2 * right.norm()
