@@ -21,8 +21,9 @@ from statistics import median
 import torch
 from torch import distributed as dist
 
+from model.packing import GROUP
 from parallel.clock import Clock
-from parallel.transfer import FP8_GROUP, AllToAll, Fp8AllToAll
+from parallel.transfer import AllToAll, Fp8AllToAll
 
 ROOT = Path(__file__).resolve().parents[1]
 Work = Callable[[], object]
@@ -34,7 +35,7 @@ def sides(rows: int, width: int, device: torch.device) -> dict[str, tuple[Work, 
     assert group is not None
     counts = [rows] * size
     x = torch.randn(rows * size, width, device=device, dtype=torch.bfloat16)
-    codes_width = width + 4 * (width // FP8_GROUP)
+    codes_width = width + 4 * (width // GROUP)
     others = rows * (size - 1)
 
     def plainly(bytes_a_row: int) -> Work:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from model import quack
 from model.linear import WeightGradients
+from model.packing import encode_rows, restore_rows
 from model.permute import Copies
 
 
@@ -113,10 +114,12 @@ def fused_experts(
     copies: Copies,
     counts: Tensor,
     later: WeightGradients,
+    *,
+    packs: bool = False,
 ) -> Tensor:
     """The weighted sums of what experts with `matrices` [E, 2I, D] and [E, D, I] give: x [T, D], weights [T, K]. The
-    rows of each expert, `counts` [E] of them, are `copies` of x in that order."""
-    result: Tensor = _FusedExperts.apply(x, weights, *matrices, copies, counts, later)
+    rows of each expert, `counts` [E] of them, are `copies` of x in that order. With `packs` gate_up is kept in FP8."""
+    result: Tensor = _FusedExperts.apply(x, weights, *matrices, copies, counts, later, packs)
     return result
 
 
@@ -131,6 +134,7 @@ class _FusedExperts(torch.autograd.Function):
         copies: Copies,
         counts: Tensor,
         later: WeightGradients,
+        packs: bool,
     ) -> Tensor:
         from model.kernels.permute import sum_rows
 
@@ -138,7 +142,7 @@ class _FusedExperts(torch.autograd.Function):
         rows = products.rows(copies, counts)
         gate_up, inner = products.gate_up(x, gate_up_proj, rows)
         results = products.down(inner, down_proj, rows)
-        ctx.save_for_backward(x, weights, gate_up)
+        ctx.save_for_backward(x, weights, *(encode_rows(gate_up) if packs else (gate_up,)))
         ctx.matrices, ctx.rows, ctx.copies, ctx.later = (gate_up_proj, down_proj), rows, copies, later
         return sum_rows(results, copies.slots, (), weights=weights, num_rows=len(copies.choices))
 
@@ -146,10 +150,11 @@ class _FusedExperts(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         from model.kernels.permute import sum_rows
 
-        x, weights, gate_up = ctx.saved_tensors
+        x, weights, *kept = ctx.saved_tensors
         (first, second), rows, copies = ctx.matrices, ctx.rows, ctx.copies
         products, grad = products_for(*second.shape[1:]), grad.contiguous()
         row_weights = weights.flatten().index_select(0, copies.choices)
+        gate_up = restore_rows(kept, first.shape[1], x.dtype)
         grad_gate_up, inner, grad_weights = products.down_backward(grad, second, gate_up, row_weights, rows)
         grad_rows = products.gate_up_backward(grad_gate_up, first, rows)
         gradients: list[Tensor | None] = []
@@ -166,7 +171,7 @@ class _FusedExperts(torch.autograd.Function):
         padded = torch.cat((grad_weights, grad_weights.new_zeros(1)))
         of_choices = padded.index_select(0, copies.slots.flatten()).view(weights.shape)
         of_x = sum_rows(grad_rows, copies.slots, (), num_rows=len(copies.choices))
-        return of_x, of_choices, *gradients, None, None, None
+        return of_x, of_choices, *gradients, None, None, None, None
 
 
 def _weight_gradient(matrix: Tensor, add: Any) -> Tensor | None:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from model import bf16_experts, fp8_experts
 from model.config import ModelConfig
 from model.linear import Linear, WeightGradients, grouped_linear
+from model.packing import decode_rows, encode_rows, restore_rows
 from model.permute import Copies, collect, pick, spread
 from model.recompute import Execution
 
@@ -37,11 +38,11 @@ class SwiGLU(nn.Module):
         super().__init__()
         self.gate_up_proj = Linear(hidden_size, 2 * intermediate_size, execution, "mlp")
         self.down_proj = Linear(intermediate_size, hidden_size, execution, "mlp")
-        self._recompute = execution.recompute
+        self._execution = execution
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to [..., D]."""
-        return self.down_proj(self._recompute.again("swiglu", swiglu, self.gate_up_proj(x)))
+        return self.down_proj(_activate(self._execution, self.gate_up_proj(x)))
 
 
 class RoutedExperts(nn.Module):
@@ -55,24 +56,25 @@ class RoutedExperts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden, inner))
         self.gate_up_quantizer = execution.fp8.quantizer("experts", hidden, 2 * inner, num_experts=num_experts)
         self.down_quantizer = execution.fp8.quantizer("experts", inner, hidden, num_experts=num_experts)
-        self._weight_gradients = execution.weight_gradients
-        self._recompute = execution.recompute
+        self._execution = execution
 
     def forward(self, routed: RoutedRows, *, defers: bool = True) -> Tensor:
         """The weighted sum of each row's experts, [R, D], added up in fp32. As W_down is linear, what goes into it is
         weighted."""
-        later = self._weight_gradients if defers else WeightGradients()
+        execution, x, weights = self._execution, routed.rows, routed.weights
+        later = execution.weight_gradients if defers else WeightGradients()
         copies, counts = sort_by_expert(routed, len(self.gate_up_proj))
         matrices, (first, second) = (self.gate_up_proj, self.down_proj), (self.gate_up_quantizer, self.down_quantizer)
+        packs = execution.packs_swiglu
         if first is None or second is None:
-            if bf16_experts.can_fuse(routed.rows, copies, self.gate_up_proj):
-                return bf16_experts.fused_experts(routed.rows, routed.weights, matrices, copies, counts, later)
-        elif fp8_experts.can_fuse(routed.rows, self.gate_up_proj, first):
-            quantizers = first, second
-            return fp8_experts.fused_experts(routed.rows, routed.weights, matrices, quantizers, copies, counts, later)
-        rows = self._recompute.again("expert_rows", partial(spread, copies=copies), routed.rows)
+            if bf16_experts.can_fuse(x, copies, self.gate_up_proj):
+                return bf16_experts.fused_experts(x, weights, matrices, copies, counts, later, packs=packs)
+        elif fp8_experts.can_fuse(x, self.gate_up_proj, first):
+            pair = first, second
+            return fp8_experts.fused_experts(x, weights, matrices, pair, copies, counts, later, packs=packs)
+        rows = execution.recompute.again("expert_rows", partial(spread, copies=copies), x)
         gate_up = grouped_linear(rows, self.gate_up_proj, counts, later, first)
-        inner = self._recompute.again("swiglu", swiglu, gate_up, pick(routed.weights, copies))
+        inner = _activate(execution, gate_up, pick(weights, copies))
         return collect(grouped_linear(inner, self.down_proj, counts, later, second), copies)
 
 
@@ -104,17 +106,38 @@ def _count_and_place(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor,
     return places, order, counts
 
 
+def _activate(execution: Execution, gate_up: Tensor, *weights: Tensor) -> Tensor:
+    """SwiGLU of [..., 2I], which keeps and computes again what the execution says."""
+    if not (execution.packs_swiglu and torch.is_grad_enabled()):
+        return execution.recompute.again("swiglu", swiglu, gate_up, *weights)
+    packed = encode_rows(gate_up.detach().flatten(0, -2))
+    inner: Tensor = _SwiGLU.apply(gate_up, *(weights or (None,)), *packed)
+
+    def again(codes: Tensor, scales: Tensor, *weights: Tensor) -> Tensor:
+        rows = decode_rows(codes, scales, gate_up_size[-1], inner_dtype)
+        return swiglu(rows.view(gate_up_size), *weights)
+
+    gate_up_size, inner_dtype = gate_up.shape, inner.dtype
+    execution.recompute.remember("swiglu", inner, again, *packed, *weights)
+    return inner
+
+
 def swiglu(gate_up: Tensor, weights: Tensor | None = None) -> Tensor:
     """silu(gate) · up for the concatenation [..., 2I], times a weight for each row [R] if there are any; returns
     [..., I], rounded once."""
-    result: Tensor = _SwiGLU.apply(gate_up, weights)
+    result: Tensor = _SwiGLU.apply(gate_up, weights, None, None)
     return result
 
 
 class _SwiGLU(torch.autograd.Function):
+    """Of a gate_up that comes with codes and scales, these are kept in its place."""
+
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor, weights: Tensor | None) -> Tensor:
-        ctx.save_for_backward(gate_up, weights)
+    def forward(
+        ctx: Any, gate_up: Tensor, weights: Tensor | None, codes: Tensor | None, scales: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(*((gate_up,) if codes is None else (codes, scales)), weights)
+        ctx.size, ctx.dtype = gate_up.shape, gate_up.dtype
         if gate_up.is_cuda:
             from model.kernels import swiglu as kernels
 
@@ -124,14 +147,15 @@ class _SwiGLU(torch.autograd.Function):
         return (product if weights is None else product * weights.unsqueeze(-1)).to(gate_up.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-        gate_up, weights = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *kept, weights = ctx.saved_tensors
+        gate_up = restore_rows(kept, ctx.size[-1], ctx.dtype).view(ctx.size)
         if grad.is_cuda:
             from model.kernels import swiglu as kernels
 
             rows = grad.flatten(0, -2), gate_up.flatten(0, -2)
             grad_gate_up, grad_weights, _ = kernels.swiglu_backward(*rows, weights, with_result=False)
-            return grad_gate_up.view(gate_up.shape), grad_weights
+            return grad_gate_up.view(gate_up.shape), grad_weights, None, None
         gate, up = gate_up.float().chunk(2, dim=-1)
         share, wide = gate.sigmoid(), grad.float()
         silu = gate * share
@@ -140,4 +164,4 @@ class _SwiGLU(torch.autograd.Function):
             grad_weights = (wide * silu * up).sum(-1)
             wide = wide * weights.unsqueeze(-1)
         grad_gate = wide * up * (share + silu * (1 - share))
-        return torch.cat((grad_gate, wide * silu), dim=-1).to(gate_up.dtype), grad_weights
+        return torch.cat((grad_gate, wide * silu), dim=-1).to(gate_up.dtype), grad_weights, None, None

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from model.fp8 import Quantizer
 from model.linear import WeightGradients
+from model.packing import encode_rows, restore_rows
 from model.permute import Copies
 
 TILE = 128
@@ -37,10 +38,12 @@ def fused_experts(
     copies: Copies,
     counts: Tensor,
     later: WeightGradients,
+    *,
+    packs: bool = False,
 ) -> Tensor:
     """The weighted sums of what experts with `matrices` [E, 2I, D] and [E, D, I] give: x [T, D], weights [T, K]. The
-    rows of each expert, `counts` [E] of them, are `copies` of x in that order."""
-    result: Tensor = _FusedExperts.apply(x, weights, *matrices, quantizers, copies, counts, later)
+    rows of each expert, `counts` [E] of them, are `copies` of x in that order. With `packs` gate_up is kept in FP8."""
+    result: Tensor = _FusedExperts.apply(x, weights, *matrices, quantizers, copies, counts, later, packs)
     return result
 
 
@@ -56,6 +59,7 @@ class _FusedExperts(torch.autograd.Function):
         copies: Copies,
         counts: Tensor,
         later: WeightGradients,
+        packs: bool,
     ) -> Tensor:
         from model.kernels import fp8_grouped, fp8_quantize
         from model.kernels.permute import sum_rows
@@ -67,7 +71,7 @@ class _FusedExperts(torch.autograd.Function):
         gate_up = fp8_grouped.multiply_rows(rows, first[0], counts)
         inner = fp8_quantize.quantize_swiglu(gate_up, row_weights, counts, power_of_two=power_of_two)
         results = fp8_grouped.multiply_rows(inner, second[0], counts)
-        ctx.save_for_backward(x, gate_up, row_weights, counts)
+        ctx.save_for_backward(x, row_weights, counts, *(encode_rows(gate_up) if packs else (gate_up,)))
         ctx.matrices, ctx.quantizers, ctx.copies, ctx.later = (gate_up_proj, down_proj), quantizers, copies, later
         return sum_rows(results, copies.slots, ())
 
@@ -76,7 +80,8 @@ class _FusedExperts(torch.autograd.Function):
         from model.kernels import fp8_grouped, fp8_quantize
         from model.kernels.permute import sum_rows
 
-        x, gate_up, row_weights, counts = ctx.saved_tensors
+        x, row_weights, counts, *kept = ctx.saved_tensors
+        gate_up = restore_rows(kept, ctx.matrices[0].shape[1], x.dtype)
         tokens, power_of_two = ctx.copies.tokens, ctx.quantizers[0].config.power_of_two
         first, second = (_codes(*pair) for pair in zip(ctx.quantizers, ctx.matrices, strict=True))
         of_rows, of_columns = fp8_quantize.quantize_both(
@@ -105,7 +110,7 @@ class _FusedExperts(torch.autograd.Function):
         slots = ctx.copies.slots
         padded = torch.cat((grad_weights, grad_weights.new_zeros(1)))
         of_choices = padded.index_select(0, slots.flatten()).view(slots.shape)
-        return sum_rows(grad_rows, slots, ()), of_choices, *gradients, None, None, None, None
+        return sum_rows(grad_rows, slots, ()), of_choices, *gradients, None, None, None, None, None
 
 
 def _weight_gradient(matrix: Tensor, grad: Any, make_rows: Any, counts: Tensor) -> Tensor | None:

@@ -109,9 +109,10 @@ def _unpack(kept: Tensor | _Kept) -> Tensor:
 
 @dataclass(frozen=True)
 class Execution:
-    """How the layers of a rank run: which weight gradients wait, what is computed again, and which products are in
-    FP8."""
+    """How the layers of a rank run: which weight gradients wait, what is computed again, which products are in FP8, and
+    whether the inputs of SwiGLU are kept in it."""
 
     weight_gradients: WeightGradients = field(default_factory=WeightGradients)
     recompute: Recompute = field(default_factory=Recompute)
     fp8: Fp8 = field(default_factory=Fp8)
+    packs_swiglu: bool = False

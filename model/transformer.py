@@ -107,12 +107,13 @@ class Transformer(nn.Module):
         part: ModelPart | None = None,
         *,
         recompute: frozenset[str] = frozenset(),
+        packs_swiglu: bool = False,
         fp8: Fp8Config | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.part = part = part or whole_model(config)
-        self.execution = Execution(recompute=Recompute(recompute), fp8=Fp8(fp8))
+        self.execution = Execution(recompute=Recompute(recompute), fp8=Fp8(fp8), packs_swiglu=packs_swiglu)
         if part.embedding:
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleDict()

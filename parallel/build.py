@@ -46,7 +46,8 @@ def build_model(
 ) -> Transformer:
     """This rank's part with its initial weights, which are those of the whole model, in fp32."""
     part = part_of_rank(config, mesh.shape, placement(parallel), mesh.rank)
-    model = Transformer(config, part, recompute=frozenset(parallel.recompute) - {"block"}, fp8=fp8)
+    recompute = frozenset(parallel.recompute) - {"block"}
+    model = Transformer(config, part, recompute=recompute, packs_swiglu=parallel.fp8_swiglu, fp8=fp8)
     initialize(model, config, seed=seed, first_expert=part.first_expert)
     return model.to(device)
 

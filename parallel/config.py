@@ -12,10 +12,10 @@ class ParallelConfig:
     """`pp` ranks divide the layers, `ep` the experts, `cp` the positions of a sequence; data parallelism takes what is
     left of the world size. `schedule` orders the pipeline's work, `zero_stage` says what of optimizer, gradients and
     weights is divided over data ranks, `optimizer_offload` keeps masters and moments in the CPU's memory. No more than
-    `max_expert_rows` rows (0: any number) reach a rank's experts at once; `fp8_dispatch` sends them in FP8. What
-    `recompute` lists is computed again in the backward pass instead of kept: "norms", the up-projections of attention
-    ("mla_up"), the activations of MLPs and experts ("swiglu"), the copies of tokens that experts get ("expert_rows"),
-    or whole layers ("block")."""
+    `max_expert_rows` rows (0: any number) reach a rank's experts at once; `fp8_dispatch` sends them in FP8.
+    `fp8_swiglu` keeps the inputs of SwiGLU in FP8 until the backward pass. What `recompute` lists is computed again
+    there instead of kept: "norms", the up-projections of attention ("mla_up"), the activations of MLPs and experts
+    ("swiglu"), the copies of tokens that experts get ("expert_rows"), or whole layers ("block")."""
 
     pp: int = 1
     ep: int = 1
@@ -25,6 +25,7 @@ class ParallelConfig:
     optimizer_offload: bool = False
     max_expert_rows: int = 0
     fp8_dispatch: bool = False
+    fp8_swiglu: bool = False
     recompute: tuple[Literal["norms", "mla_up", "swiglu", "expert_rows", "block"], ...] = ()
 
     def __post_init__(self) -> None:

@@ -2,14 +2,11 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.nn import functional as F
 
+from model.packing import decode_rows, encode_rows
 from parallel.clock import Clock
-
-FP8_GROUP = 128
 
 
 class AllToAll:
@@ -38,7 +35,7 @@ class Fp8AllToAll(AllToAll):
     def send(self, *tensors: Tensor) -> "_RowsInFlight":  # type: ignore[override]
         """Launches the transfer; the rows arrive rounded, in their dtype."""
         rows, *others = tensors
-        return _RowsInFlight(super().send(*quantise_rows(rows), *others), rows)
+        return _RowsInFlight(super().send(*encode_rows(rows), *others), rows)
 
 
 class TensorsInFlight:
@@ -77,27 +74,4 @@ class _RowsInFlight:
 
     def wait(self) -> tuple[Tensor, ...]:
         codes, scales, *others = self._flight.wait()
-        return dequantise_rows(codes, scales, self._width, self._dtype), *others
-
-
-def quantise_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """E4M3 codes as bytes, [R, G, 128] uint8, and the scale of each group of 128 values, [R, G] in fp32: rows [R, D],
-    filled up with zeros. A group of zeros has scale 1."""
-    if rows.is_cuda:
-        from model.kernels.fp8_rows import encode_rows
-
-        return encode_rows(rows)
-    groups = F.pad(rows.float(), (0, -rows.shape[1] % FP8_GROUP)).unflatten(1, (-1, FP8_GROUP))
-    largest = groups.abs().amax(-1)
-    scales = torch.where(largest > 0, largest / torch.finfo(torch.float8_e4m3fn).max, 1.0)
-    return (groups / scales.unsqueeze(-1)).to(torch.float8_e4m3fn).view(torch.uint8), scales
-
-
-def dequantise_rows(codes: Tensor, scales: Tensor, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The inverse, up to rounding: [R, width]."""
-    if codes.is_cuda:
-        from model.kernels.fp8_rows import decode_rows
-
-        return decode_rows(codes, scales, width, dtype)
-    values = codes.view(torch.float8_e4m3fn).float() * scales.unsqueeze(-1)
-    return values.flatten(1)[:, :width].to(dtype)
+        return decode_rows(codes, scales, self._width, self._dtype), *others

@@ -56,8 +56,11 @@ def one_at_a_time(
     return [out.detach(), *(leaf.grad for leaf in leaves)], largest  # type: ignore[misc]
 
 
-def check_fused_experts(products: Any, name: str, dtype: torch.dtype, tolerance: float, monkeypatch: Any) -> None:
-    """Twice into the same sums, of which the first time takes the place of what was there; and later; and without."""
+def check_fused_experts(
+    products: Any, name: str, dtype: torch.dtype, tolerance: float, monkeypatch: Any, *, packs: bool = False
+) -> None:
+    """Twice into the same sums, of which the first time takes the place of what was there; and later; and without. With
+    `packs` the result alone is so close."""
     choice = CHOICES[name].to(DEVICE)
     experts = make_experts(dtype)
     matrices = experts.gate_up_proj, experts.down_proj
@@ -70,7 +73,7 @@ def check_fused_experts(products: Any, name: str, dtype: torch.dtype, tolerance:
 
     def run(later: WeightGradients) -> list[Tensor]:
         inputs = x.clone().requires_grad_(), weights.clone().requires_grad_()
-        out = bf16_experts.fused_experts(*inputs, matrices, copies, counts, later)
+        out = bf16_experts.fused_experts(*inputs, matrices, copies, counts, later, packs=packs)
         out.backward(grad)
         return [out.detach(), *(leaf.grad for leaf in inputs)]  # type: ignore[misc]
 
@@ -78,7 +81,8 @@ def check_fused_experts(products: Any, name: str, dtype: torch.dtype, tolerance:
         for number, (ours, right) in enumerate(zip(found, expected, strict=True)):
             right = right * (factor if number > 2 else 1.0)
             size = largest if number == 2 else right
-            assert (ours.double() - right).norm() <= tolerance * size.norm() + 1e-12, number
+            allowed = max(tolerance, 0.05 if packs and number else 0.0)
+            assert (ours.double() - right).norm() <= allowed * size.norm() + 1e-12, number
 
     at_once = run(WeightGradients())
     compare([*at_once, *(matrix.grad for matrix in matrices)], 1.0)  # type: ignore[misc]

@@ -194,18 +194,18 @@ def check_keys(
 def check_fp8_rows(num_rows: int, width: int, dtype: torch.dtype) -> list[Tensor]:
     """Codes, scales and what comes back: on a GPU those of plain torch to the bit. The interpreter cuts codes off, and
     halves the few that should become the next power of two."""
+    from model import packing
     from model.kernels.fp8_rows import decode_rows, encode_rows
-    from parallel.transfer import dequantise_rows, quantise_rows
 
     rows = random(num_rows, width, dtype=dtype)
     rows[: num_rows // 3] = 0
     codes, scales = encode_rows(rows)
     back = decode_rows(codes, scales, width, dtype)
-    plain_codes, plain_scales = quantise_rows(rows.cpu())
+    plain_codes, plain_scales = packing.encode_rows(rows.cpu())
     torch.testing.assert_close(scales.cpu(), plain_scales, rtol=0, atol=0)
     if DEVICE.type == "cuda":
         assert torch.equal(codes.cpu(), plain_codes)
-        assert torch.equal(back.cpu(), dequantise_rows(plain_codes, plain_scales, width, dtype))
+        assert torch.equal(back.cpu(), packing.decode_rows(plain_codes, plain_scales, width, dtype))
     lost = (back.double() - rows.double()).abs()
     step = scales.repeat_interleave(128, 1)[:, :width].double() * 2**-9
     assert (lost <= rows.double().abs() / 2 + step).all()

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from model.config import ModelConfig
+from model.packing import GROUP
 from model.transformer import LOSS_CHUNK
 from parallel.config import ParallelConfig
 from parallel.schedule import Kind, Step, actions_of
@@ -94,7 +95,8 @@ class Activations:
             return again + self._round() + gradient
         if not self.fused_experts:
             return again + gradient
-        row = self.num_bytes * (self.model.hidden_size + 3 * self.model.moe_intermediate_size)
+        inner = (5 if self.parallel.fp8_swiglu else 3) * self.model.moe_intermediate_size
+        row = self.num_bytes * (self.model.hidden_size + inner)
         return again + max(gradient, self.tokens * self.model.num_experts_per_tok * row)
 
     def logits(self, device: str = "cuda") -> int:
@@ -168,7 +170,12 @@ class Activations:
 
     def _swiglu(self, inner: int) -> int:
         """Gate and up, and their product."""
-        return (2 if self._has("swiglu") else 3) * self.num_bytes * inner
+        return self._gate_up(inner) + (0 if self._has("swiglu") else self.num_bytes * inner)
+
+    def _gate_up(self, inner: int) -> int:
+        if not self.parallel.fp8_swiglu:
+            return 2 * self.num_bytes * inner
+        return -(-2 * inner // GROUP) * (GROUP + _FP32)
 
     def _routing(self) -> int:
         """Logits or affinities of all experts; weights and permutations of the chosen."""
@@ -215,7 +222,7 @@ class Activations:
     def _expert_rows(self) -> float:
         model = self.model
         if self.fused_experts:
-            row = 2 * self.num_bytes * model.moe_intermediate_size
+            row = self._gate_up(model.moe_intermediate_size)
         else:
             copy = 0 if self._has("expert_rows") else self.num_bytes * model.hidden_size
             row = copy + self._swiglu(model.moe_intermediate_size)

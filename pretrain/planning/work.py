@@ -169,8 +169,10 @@ class StageWork:
         hidden, values = self._model.hidden_size, rows * inner
         passes = self._product(kind, part, hidden, 2 * inner, rows, copies)
         passes += self._product(kind, part, inner, hidden, rows, copies)
-        again = 3 * values if self._recomputes("swiglu") else 0
-        return passes + self._moving(3 * values + 3 * hidden, 5 * values + 3 * hidden + again)
+        # Packed inputs are read, and written in half as many bytes; and back.
+        packing = 3 * values if self.sizes.parallel.fp8_swiglu else 0
+        again = packing + (3 * values if self._recomputes("swiglu") else 0)
+        return passes + self._moving(3 * values + 3 * hidden + packing, 5 * values + 3 * hidden + again)
 
     def _routing(self) -> Passes:
         return self._product("dense", "gate", self._model.hidden_size, self._model.n_routed_experts)

@@ -16,3 +16,10 @@ def test_as_one_operation_at_a_time(products: type, name: str, monkeypatch: pyte
     if products is quack.Quack and not quack.is_installed():
         pytest.skip("QuACK is not installed")
     check_fused_experts(products(), name, torch.bfloat16, 1e-2, monkeypatch)
+
+
+@pytest.mark.parametrize("products", [Plain, quack.Quack])
+def test_gates_and_ups_kept_in_fp8(products: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    if products is quack.Quack and not quack.is_installed():
+        pytest.skip("QuACK is not installed")
+    check_fused_experts(products(), "random", torch.bfloat16, 1e-2, monkeypatch, packs=True)

@@ -11,11 +11,12 @@ from torch import Tensor
 from torch import distributed as dist
 
 from model.experts import RoutedRows
+from model.packing import decode_rows, encode_rows
 from parallel.clock import Clock
 from parallel.dispatch import Dispatcher, make_dispatcher
 from parallel.mesh import MeshShape, make_mesh
 from parallel.tape import Tape, run_to_end
-from parallel.transfer import AllToAll, dequantise_rows, quantise_rows
+from parallel.transfer import AllToAll
 
 WORLD, NUM_EXPERTS, WIDTH, TOKENS = 4, 8, 160, 13
 
@@ -61,7 +62,7 @@ def travel(rank: int, node_size: int, max_rows: int, fp8: bool, skew: bool) -> d
     out.grad = torch.ones_like(out)
     run_to_end(tape.backward())
     factors = (weights * (chosen + 1)).sum(1, keepdim=True).detach()
-    seen = dequantise_rows(*quantise_rows(x.detach()), WIDTH) if fp8 else x.detach()
+    seen = decode_rows(*encode_rows(x.detach()), WIDTH) if fp8 else x.detach()
     torch.testing.assert_close(out.detach(), seen * factors)
     torch.testing.assert_close(x.grad, factors.expand_as(x))
     assert len(counted) == 1, "the backward pass counts again"

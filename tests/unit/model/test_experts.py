@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from model.experts import RoutedExperts, RoutedRows, SwiGLU, sort_by_expert, swiglu
 from model.linear import WeightGradients, grouped_linear
 from model.permute import _Spread, collect, find_copies, pick, spread
-from model.recompute import Execution
+from model.recompute import Execution, Recompute
 
 torch.set_num_threads(1)
 
@@ -92,11 +92,11 @@ def test_deferred_weight_gradients_are_the_same(case: str) -> None:
     choice, gradients = CHOICES[case], []
     for deferring in (False, True):
         experts = make_experts()
-        experts._weight_gradients.deferring = deferring
+        experts._execution.weight_gradients.deferring = deferring
         x = torch.randn(len(choice), 32, generator=torch.Generator().manual_seed(2), requires_grad=True)
         all_at_once(experts, x, torch.ones(choice.shape), choice).square().sum().backward()
         assert all((p.grad is None) == deferring for p in experts.parameters())
-        for work in experts._weight_gradients.take():
+        for work in experts._execution.weight_gradients.take():
             work()
         gradients.append([x.grad, *(p.grad for p in experts.parameters())])
     for at_once, later in zip(*gradients, strict=True):
@@ -180,3 +180,38 @@ def test_swiglu_takes_the_gate_first() -> None:
     mlp.down_proj.weight.data = torch.ones(2, 1)
     x = torch.tensor([3.0, 5.0])
     torch.testing.assert_close(mlp(x), (F.silu(x[0]) * x[1]).expand(2))
+
+
+@pytest.mark.parametrize("recomputed", [frozenset(), frozenset({"swiglu"})], ids=["", "computed again"])
+@pytest.mark.parametrize("module", ["dense", "routed"])
+def test_inputs_of_swiglu_kept_in_fp8(module: str, recomputed: frozenset[str]) -> None:
+    """The result is the same, and gradients are close: all of a bit that a code has lost. Nothing wider is kept."""
+    config = small_model(hidden_size=64, moe_intermediate_size=96)
+    kept: dict[bool, int] = {}
+    found: dict[bool, list[Tensor]] = {}
+    for packs in (False, True):
+        execution = Execution(recompute=Recompute(recomputed), packs_swiglu=packs)
+        generator = torch.Generator().manual_seed(0)
+        mlp = SwiGLU(64, 96, execution) if module == "dense" else RoutedExperts(config, NUM_EXPERTS, execution)
+        for parameter in mlp.parameters():
+            parameter.data.normal_(std=0.3, generator=generator)
+        x = torch.randn(50, 64, generator=generator).requires_grad_()
+        weights = torch.rand(50, 3, generator=generator).requires_grad_()
+        sizes: list[int] = []
+
+        def note(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(tensor.nbytes)
+            return tensor
+
+        inputs = x if module == "dense" else RoutedRows(x, random_choice(50, 3), weights)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda kept: kept), execution.recompute.region():
+            out = mlp(inputs)
+        out.sum().backward()
+        used = [x, *mlp.parameters()] if module == "dense" else [x, weights, *mlp.parameters()]
+        kept[packs], found[packs] = sum(sizes), [out.detach(), *(leaf.grad for leaf in used)]  # type: ignore[misc]
+    assert torch.equal(found[False][0], found[True][0])
+    for exact, packed in zip(found[False], found[True], strict=True):
+        assert (exact - packed).norm() < 0.05 * exact.norm()
+    if not recomputed:
+        rows = 50 if module == "dense" else 150
+        assert kept[False] - kept[True] == rows * (4 * 192 - 2 * (128 + 4))

@@ -213,6 +213,8 @@ PARTS = ("norms", "mla_up", "swiglu", "expert_rows")
         (1, {"recompute": ("norms",)}, {}),
         (1, {"recompute": ("mla_up",)}, {}),
         (1, {"recompute": ("swiglu",)}, {}),
+        (1, {"fp8_swiglu": True}, {}),
+        (1, {"fp8_swiglu": True, "recompute": ("swiglu",)}, {}),
         (1, {"recompute": ("expert_rows",)}, {}),
         (1, {"recompute": PARTS}, {}),
         (1, {"recompute": PARTS}, {"q_lora_rank": None}),
