@@ -69,30 +69,33 @@ class Announcement:
         self.goes = none.expand(len(chosen), -1).bool().scatter(1, chosen, True)[:, :num_members]
         choices = none.scatter_add(0, chosen.flatten(), torch.ones_like(chosen).flatten())[:num_members]
         leaving = torch.stack((self.goes.sum(0), choices))
-        # [from, rows or choices, to]
-        self._on_device = leaving.new_empty(num_members, *leaving.shape)
-        self._work = dist.all_gather(list(self._on_device), leaving, group=hop.group, async_op=True)
+        self._gathered = [torch.empty_like(leaving) for _ in range(num_members)]
+        self._work = dist.all_gather(self._gathered, leaving, group=hop.group, async_op=True)
         self._copied: torch.cuda.Event | None = None
         if stream is not None:
             # Another stream waits for it, in which nothing else is queued.
             with torch.cuda.stream(stream):
-                self._work.wait()
-                self._on_host = torch.empty_like(self._on_device, device="cpu", pin_memory=True)
-                self._on_host.copy_(self._on_device, non_blocking=True)
+                on_device = self._arrived()
+                self._on_host = torch.empty_like(on_device, device="cpu", pin_memory=True)
+                self._on_host.copy_(on_device, non_blocking=True)
                 self._copied = torch.cuda.Event()
                 self._copied.record()
 
+    def _arrived(self) -> Tensor:
+        """[from, rows or choices, to] on the device."""
+        self._work.wait()
+        return torch.stack(self._gathered)
+
     def wait(self) -> Counts:
         """The counts on the host."""
-        self._work.wait()
         if self._copied is None:
-            return Counts(*self._on_device.unbind(1))
+            return Counts(*self._arrived().cpu().unbind(1))
         self._copied.synchronize()
         return Counts(*self._on_host.unbind(1))
 
     def most_rows(self) -> Tensor:
         """The largest number of rows that arrive at any member, on the device."""
-        return self._on_device[:, 0].sum(0).max()
+        return self._arrived()[:, 0].sum(0).max()
 
 
 class Dispatcher:
@@ -120,7 +123,7 @@ class Dispatcher:
         return self._announce(self._hops[0], experts) if self._hops else None
 
     def _announce(self, hop: Hop, experts: Tensor) -> Announcement:
-        if experts.is_cuda and self._stream is None:
+        if experts.device.type == "cuda" and self._stream is None:
             self._stream = torch.cuda.Stream()
         return Announcement(experts, hop, self._stream)
 

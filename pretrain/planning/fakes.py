@@ -233,8 +233,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
 
 @contextmanager
 def as_on_gpu(mirror: Mirror) -> Iterator[None]:
-    """Takes the paths of a GPU. Kernels write nothing, but for the one that decides about shapes."""
-    from model import experts
+    """Takes the paths of a GPU, with products of experts by torch, which knows tensors without memory. Kernels write
+    nothing, but for the one that decides about shapes."""
+    from model import experts, quack
     from model.kernels import permute
 
     count_and_place = permute.count_and_place
@@ -253,6 +254,7 @@ def as_on_gpu(mirror: Mirror) -> Iterator[None]:
         skipping_launches(mirror.forget),
         patch.object(permute, "count_and_place", counting),
         patch.object(functional, "scaled_dot_product_attention", _attend),
+        patch.object(quack, "is_installed", lambda: False),
         patch.object(torch.cuda, "get_device_capability", lambda *_: (9, 0)),
         patch.object(FakeTensor, "is_cuda", True, create=True),
     ):
