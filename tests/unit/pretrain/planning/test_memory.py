@@ -237,12 +237,26 @@ def test_activations_are_what_a_forward_pass_leaves(
     assert expected == pytest.approx(sum(found) / ranks, rel=0.04 if parallel_config.ep == 1 else 0.05)
 
 
-def test_peaks_seen_on_a_gpu() -> None:
-    """The most that torch.cuda had allocated on an H200, in GiB, in steps of one micro-batch of dsv3_2b in bf16."""
-    for size, moments, gib in [(8, "fp32", 66.3), (16, "fp32", 86.0), (8, "bf16", 55.9), (16, "bf16", 75.6)]:
-        overrides = [f"train.micro_batch_size={size}", f"train.batch_size={size}", f"optimizer.moments={moments}"]
-        planned = plan(load_config(PROJECT / "configs" / "dsv3_2b.toml", overrides), 1)
-        assert planned.memory.peak / memory.GIB == pytest.approx(gib, rel=0.005)
+@pytest.mark.parametrize(
+    ("name", "size", "gib", "overrides"),
+    [
+        ("small", 2, 12.3, ()),
+        ("small", 8, 21.0, ()),
+        ("dsv3_2b", 8, 55.9, ()),
+        ("dsv3_2b", 16, 75.6, ()),
+        ("dsv3_2b", 8, 66.3, ("optimizer.moments=fp32",)),
+        ("dsv3_2b", 16, 86.0, ("optimizer.moments=fp32",)),
+        ("dsv3_2b", 24, 105.7, ("optimizer.moments=fp32",)),
+        ("dsv3_2b", 32, 125.4, ("optimizer.moments=fp32",)),
+        ("dsv3_16b", 1, 76.0, ("model.num_hidden_layers=7", "model.vocab_size=32768")),
+        ("dsv3_16b", 2, 79.3, ("model.num_hidden_layers=7", "model.vocab_size=32768")),
+    ],
+)
+def test_peaks_seen_on_a_gpu(name: str, size: int, gib: float, overrides: tuple[str, ...]) -> None:
+    """The most that torch.cuda had allocated on an H200, in steps of one micro-batch in bf16 (2026-11-28)."""
+    of_step = (f"train.micro_batch_size={size}", f"train.batch_size={size}")
+    planned = plan(load_config(PROJECT / "configs" / f"{name}.toml", [*of_step, *overrides]), 1)
+    assert planned.memory.peak / memory.GIB == pytest.approx(gib, rel=0.01)
 
 
 def test_a_mask_of_documents_is_counted() -> None:
