@@ -102,7 +102,7 @@ LESS = ("model.num_hidden_layers=3", "model.n_routed_experts=8", "model.vocab_si
         ("tiny", ("parallel.zero_stage=0", 'parallel.recompute=["norms", "mla_up", "swiglu", "expert_rows"]')),
         ("tiny", ('parallel.recompute=["block"]', "precision.dtype=bf16")),
         ("tiny", ("parallel.zero_stage=3", "precision.dtype=bf16")),
-        ("small", (*LESS, "train.batch_size=2")),
+        ("small", (*LESS, "train.micro_batch_size=2", "train.batch_size=2")),
     ],
 )
 def test_the_peak_of_a_step(name: str, overrides: tuple[str, ...], tmp_path: Path) -> None:
