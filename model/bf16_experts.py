@@ -21,7 +21,8 @@ from model.permute import Copies
 
 
 class Products(Protocol):
-    """The products of experts, as `model.quack.Quack` explains them. `Rows` is whatever `rows` gives."""
+    """The products of experts, as `model.quack.Quack` explains them. What `rows` gives is for its own products, and so
+    is gate_up: whether gates come before ups or in turns with them is nobody else's business."""
 
     name: str
 
@@ -119,6 +120,7 @@ def fused_experts(
 ) -> Tensor:
     """The weighted sums of what experts with `matrices` [E, 2I, D] and [E, D, I] give: x [T, D], weights [T, K]. The
     rows of each expert, `counts` [E] of them, are `copies` of x in that order. With `packs` gate_up is kept in FP8."""
+    packs = packs and torch.is_grad_enabled()
     result: Tensor = _FusedExperts.apply(x, weights, *matrices, copies, counts, later, packs)
     return result
 
@@ -178,9 +180,9 @@ def _weight_gradient(matrix: Tensor, add: Any) -> Tensor | None:
     """The gradient of a matrix; or None, when it has been added to the matrix's fp32 sum."""
     total = getattr(matrix, "main_grad", None)
     if total is None:
-        gradient = torch.empty(matrix.shape, device=matrix.device)
+        gradient = torch.empty_like(matrix)
         add(gradient, is_first=True)
-        return gradient.to(matrix.dtype)
+        return gradient
     marked: Any = matrix
     add(total, is_first=getattr(matrix, "main_grad_is_old", False))
     marked.main_grad_is_old = False

@@ -59,8 +59,8 @@ class RoutedExperts(nn.Module):
         self._execution = execution
 
     def forward(self, routed: RoutedRows, *, defers: bool = True) -> Tensor:
-        """The weighted sum of each row's experts, [R, D], added up in fp32. As W_down is linear, what goes into it is
-        weighted."""
+        """The weighted sum of each row's experts, [R, D], added up in fp32. As W_down is linear, weights may come
+        before or after it."""
         execution, x, weights = self._execution, routed.rows, routed.weights
         later = execution.weight_gradients if defers else WeightGradients()
         copies, counts = sort_by_expert(routed, len(self.gate_up_proj))

@@ -22,7 +22,7 @@ def is_installed() -> bool:
 def _is_importable() -> bool:
     try:
         return find_spec("flash_attn.cute") is not None
-    except ModuleNotFoundError:
+    except ImportError:
         return False
 
 

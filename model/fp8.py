@@ -69,8 +69,8 @@ Part = Literal["attention", "mlp", "experts", "prediction"]
 Kind = Literal["activation", "weight", "gradient"]
 KINDS: tuple[Kind, ...] = ("activation", "weight", "gradient")
 PARTS_IN_FP8: frozenset[Part] = frozenset({"attention", "mlp", "experts"})
-# On a GPU those products are in FP8 that are faster for it. An H200 (2026-11, 32768 tokens, forward and backward,
-# rounding included, Transformer Engine 2.20) takes as long in bf16 as in block FP8 times
+# On a GPU those products are in FP8 that are faster for it, with few tokens too. An H200 (2026-11, 32768 tokens,
+# forward and backward, with rounding, Transformer Engine 2.20) takes as long in bf16 as in block FP8 times
 #     512 → 4096  0.62    2048 → 2048  0.82    2048 → 3072  0.95    2048 → 4096  1.10    8192 → 2048  1.29
 # and with 8192 tokens 2048 → 7168 0.88, 7168 → 4096 1.20, 16384 → 7168 1.45: what is gained goes with in · out, and
 # rounding with in + out. Routed experts are high there: see benchmarks/README.md.
@@ -83,7 +83,7 @@ SIZE_MULTIPLE = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Fp8Config:
-    """How the products of `parts` are rounded, if in · out / (in + out) of a matrix is `least_size`. Where
+    """How the products of `parts` are rounded, if in · out / (in + out) of a matrix is at least `least_size`. Where
     `keeps_weights`, rounded weights may be kept as long as weights do not change."""
 
     recipe: Recipe = "off"

@@ -43,6 +43,7 @@ def fused_experts(
 ) -> Tensor:
     """The weighted sums of what experts with `matrices` [E, 2I, D] and [E, D, I] give: x [T, D], weights [T, K]. The
     rows of each expert, `counts` [E] of them, are `copies` of x in that order. With `packs` gate_up is kept in FP8."""
+    packs = packs and torch.is_grad_enabled()
     result: Tensor = _FusedExperts.apply(x, weights, *matrices, quantizers, copies, counts, later, packs)
     return result
 

@@ -5,7 +5,7 @@ multiple of `ROWS`, so that there are few; rows past the last expert's are nobod
 """
 
 from functools import lru_cache
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from model.permute import Copies
 
+OLDEST = (0, 6)
 ROWS = 1024
 MULTIPLE = 64
 
@@ -46,8 +47,12 @@ def _load() -> Any:
 
 @lru_cache
 def is_installed() -> bool:
-    """Whether it can be imported, and this GPU has what it needs."""
-    return find_spec("quack") is not None and torch.cuda.get_device_capability()[0] in (9, 10)
+    """Whether it is there, new enough, and this GPU is one that it was tried on."""
+    try:
+        major, minor, *_ = version("quack-kernels").split(".")
+    except PackageNotFoundError:
+        return False
+    return (int(major), int(minor)) >= OLDEST and torch.cuda.get_device_capability()[0] == 9
 
 
 class Rows(NamedTuple):

@@ -15,7 +15,8 @@ class ParallelConfig:
     `max_expert_rows` rows (0: any number) reach a rank's experts at once; `fp8_dispatch` sends them in FP8.
     `fp8_swiglu` keeps the inputs of SwiGLU in FP8 until the backward pass. What `recompute` lists is computed again
     there instead of kept: "norms", the up-projections of attention ("mla_up"), the activations of MLPs and experts
-    ("swiglu"), the copies of tokens that experts get ("expert_rows"), or whole layers ("block")."""
+    ("swiglu"), the copies of tokens that experts get ("expert_rows"), or whole layers ("block"). Routed experts in bf16
+    on a GPU keep none of the two in any case."""
 
     pp: int = 1
     ep: int = 1

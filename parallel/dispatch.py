@@ -9,8 +9,9 @@ No token is dropped. If routing is skewed, one rank may get the rows of all othe
 at its experts at once, the last hop and the experts' work are done in as many rounds as it takes, each recomputed in
 the backward pass, so that the bound holds there too.
 
-The rows of a hop are in order of round, destination and token. Counts are exchanged once a hop, before rows, and are
-the one thing that the host waits for: `announce` launches this, so that a GPU has other work until they are there.
+The rows of a hop are in order of round, destination and token. Counts are exchanged once a hop, before rows. Unless
+there is a bound, they are the one thing that the host waits for: `announce` launches this, so that a GPU has other work
+until they are there.
 """
 
 from collections.abc import Callable, Sequence
@@ -61,16 +62,17 @@ class Counts(NamedTuple):
 
 
 class Announcement:
-    """Counts on their way to the host. `goes` [T, members] says which members the tokens here go to."""
+    """Counts on their way to the host. `goes` [T, members] says which members the tokens here go to. What is sent and
+    received lives until the host has it, as two streams use it."""
 
     def __init__(self, experts: Tensor, hop: Hop, stream: torch.cuda.Stream | None) -> None:
         chosen, num_members = _destinations(experts, hop), dist.get_world_size(hop.group)
         none = chosen.new_zeros(num_members + 1)
         self.goes = none.expand(len(chosen), -1).bool().scatter(1, chosen, True)[:, :num_members]
         choices = none.scatter_add(0, chosen.flatten(), torch.ones_like(chosen).flatten())[:num_members]
-        leaving = torch.stack((self.goes.sum(0), choices))
-        self._gathered = [torch.empty_like(leaving) for _ in range(num_members)]
-        self._work = dist.all_gather(self._gathered, leaving, group=hop.group, async_op=True)
+        self._leaving = torch.stack((self.goes.sum(0), choices))
+        self._gathered = [torch.empty_like(self._leaving) for _ in range(num_members)]
+        self._work = dist.all_gather(self._gathered, self._leaving, group=hop.group, async_op=True)
         self._copied: torch.cuda.Event | None = None
         if stream is not None:
             # Another stream waits for it, in which nothing else is queued.
@@ -82,7 +84,7 @@ class Announcement:
                 self._copied.record()
 
     def _arrived(self) -> Tensor:
-        """[from, rows or choices, to] on the device."""
+        """[from, rows or choices, to] on the device, for the current stream, which waits for it."""
         self._work.wait()
         return torch.stack(self._gathered)
 
@@ -124,7 +126,7 @@ class Dispatcher:
 
     def _announce(self, hop: Hop, experts: Tensor) -> Announcement:
         if experts.device.type == "cuda" and self._stream is None:
-            self._stream = torch.cuda.Stream()
+            self._stream = torch.cuda.Stream(experts.device)
         return Announcement(experts, hop, self._stream)
 
     def run(
@@ -261,7 +263,9 @@ def _order(goes: Tensor, sizes: Tensor, num_choices: int) -> tuple[Copies, Tenso
     """The copies that `goes` [T, members] asks for, in order of round, member and token, when `sizes`
     [rounds, members], known to the host, of them go in each round; and the member that each row goes to."""
     members, num_rows = goes.shape[1], int(sizes.sum())
-    sizes = sizes.to(goes.device)
+    if goes.device.type == "cuda":
+        # From pinned memory the host does not wait for the copy.
+        sizes = sizes.contiguous().pin_memory().to(goes.device, non_blocking=True)
     number = goes.long().cumsum(0) - 1
     ends = sizes.cumsum(0)
     rounds = (number.unsqueeze(0) >= ends.unsqueeze(1)).sum(0).clamp(max=len(sizes) - 1)

@@ -12,7 +12,7 @@ from model.linear import WeightGradients
 from model.recompute import Execution
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-NUM_EXPERTS, HIDDEN, INNER = 8, 256, 128
+NUM_EXPERTS = 8
 
 
 def random_choice(num_tokens: int, num_choices: int, seed: int = 1) -> Tensor:
@@ -20,6 +20,7 @@ def random_choice(num_tokens: int, num_choices: int, seed: int = 1) -> Tensor:
     return torch.rand(num_tokens, NUM_EXPERTS, generator=generator).argsort(-1)[:, :num_choices]
 
 
+SIZES = [(256, 128), (192, 64)]
 CHOICES = {
     "random": random_choice(150, 3),
     "one token": random_choice(1, 2),
@@ -27,10 +28,12 @@ CHOICES = {
     "most experts are empty": torch.tensor([[7, 2]] * 40),
     "some choices are elsewhere": torch.where(random_choice(150, 3) < 4, random_choice(150, 3), -1),
 }
+# More rows than an interpreter takes quickly: as many as QuACK's are filled up to, and more.
+LARGE = {"one filling": random_choice(512, 2), "many rows": random_choice(700, 3)}
 
 
-def make_experts(dtype: torch.dtype) -> RoutedExperts:
-    model = small_model(hidden_size=HIDDEN, moe_intermediate_size=INNER, n_routed_experts=NUM_EXPERTS)
+def make_experts(hidden: int, inner: int, dtype: torch.dtype) -> RoutedExperts:
+    model = small_model(hidden_size=hidden, moe_intermediate_size=inner, n_routed_experts=NUM_EXPERTS)
     experts = RoutedExperts(model, NUM_EXPERTS, Execution()).to(DEVICE, dtype)
     generator = torch.Generator().manual_seed(0)
     for parameter in experts.parameters():
@@ -57,15 +60,22 @@ def one_at_a_time(
 
 
 def check_fused_experts(
-    products: Any, name: str, dtype: torch.dtype, tolerance: float, monkeypatch: Any, *, packs: bool = False
+    products: Any,
+    name: str,
+    dtype: torch.dtype,
+    tolerance: float,
+    monkeypatch: Any,
+    *,
+    sizes: tuple[int, int] = SIZES[0],
+    packs: bool = False,
 ) -> None:
     """Twice into the same sums, of which the first time takes the place of what was there; and later; and without. With
     `packs` the result alone is so close."""
-    choice = CHOICES[name].to(DEVICE)
-    experts = make_experts(dtype)
+    choice = (CHOICES | LARGE)[name].to(DEVICE)
+    experts = make_experts(*sizes, dtype)
     matrices = experts.gate_up_proj, experts.down_proj
     generator = torch.Generator().manual_seed(2)
-    x, grad = (torch.randn(len(choice), HIDDEN, generator=generator).to(DEVICE, dtype) for _ in range(2))
+    x, grad = (torch.randn(len(choice), sizes[0], generator=generator).to(DEVICE, dtype) for _ in range(2))
     weights = torch.rand(choice.shape, generator=generator).to(DEVICE)
     expected, largest = one_at_a_time(experts, x, weights, choice, grad)
     monkeypatch.setattr(bf16_experts, "products_for", lambda *_: products)
@@ -90,11 +100,13 @@ def check_fused_experts(
         matrix.grad = None
         matrix.main_grad = torch.full(matrix.shape, torch.nan, device=DEVICE)
         matrix.main_grad_is_old = True
-    later = WeightGradients()
+    later, sums = WeightGradients(), []
     for _ in range(2):
         later.deferring = True
         again = run(later)
         assert all(torch.equal(a, b) for a, b in zip(at_once, again, strict=True))
         for work in later.take():
             work()
+        sums.append([matrix.main_grad.clone() for matrix in matrices])
+    assert all(torch.equal(2 * once, twice) for once, twice in zip(*sums, strict=True))
     compare([*again, *(matrix.main_grad for matrix in matrices)], 2.0)

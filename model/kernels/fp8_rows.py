@@ -1,4 +1,4 @@
-"""Rows to E4M3 codes with a scale for every 128 values, and back, in one pass each: what travels to experts."""
+"""Rows to E4M3 codes with a scale for every 128 values, and back, in one pass each: `model.packing` on a GPU."""
 
 import torch
 import triton

@@ -96,8 +96,9 @@ class Activations:
         if not self.fused_experts:
             return again + gradient
         inner = (5 if self.parallel.fp8_swiglu else 3) * self.model.moe_intermediate_size
-        row = self.num_bytes * (self.model.hidden_size + inner)
-        return again + max(gradient, self.tokens * self.model.num_experts_per_tok * row)
+        rows = self.tokens * self.model.num_experts_per_tok * self.num_bytes * (self.model.hidden_size + inner)
+        # ZeRO 2 and 3 have no sums that products are added to.
+        return again + (rows + gradient if self.parallel.zero_stage > 1 else max(gradient, rows))
 
     def logits(self, device: str = "cuda") -> int:
         """Bytes that last while a loss is made: the logits of a batch or of the largest piece of it and, where pieces
