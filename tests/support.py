@@ -1,6 +1,7 @@
 """What several tests need: small models and datasets, and ranks as forked processes."""
 
 import functools
+import gc
 import importlib
 import json
 import multiprocessing
@@ -127,6 +128,8 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, fo
     _import_for_all()
     context = multiprocessing.get_context("fork")
     pipes, processes = [], []
+    # What there is already is nothing that the collector of a forked process need look at, and so copy.
+    gc.freeze()
     for rank in range(world_size):
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=_rank_main, args=(rank, world_size, folder, sender, function, arguments))
@@ -134,6 +137,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, fo
         sender.close()
         pipes.append(receiver)
         processes.append(process)
+    gc.unfreeze()
     deadline = time.monotonic() + RANKS_TIMEOUT_S
     try:
         answers = []
