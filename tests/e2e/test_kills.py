@@ -5,6 +5,7 @@ has begun. As a launcher does, the test ends what is left and starts the same co
 the run is killed (default: 20).
 """
 
+import contextlib
 import multiprocessing
 import os
 import random
@@ -85,7 +86,12 @@ def wait_for_steps(ranks: list[BaseProcess], metrics: Path, count: int) -> None:
 
 def partial_folders(run: Path) -> set[int]:
     """Those that saves have begun, by what tells them from earlier ones of the same name."""
-    return {path.stat().st_mtime_ns for path in (run / "checkpoints").glob("*.partial")}
+    found = set()
+    for path in (run / "checkpoints").glob("*.partial"):
+        # It may have been completed in between.
+        with contextlib.suppress(FileNotFoundError):
+            found.add(path.stat().st_mtime_ns)
+    return found
 
 
 def kill_somewhere(ranks: list[BaseProcess], run: Path, number: int, choose: random.Random) -> bool:
