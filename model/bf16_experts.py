@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from model import quack
 from model.linear import WeightGradients
 from model.packing import encode_rows, restore_rows
-from model.permute import Copies
+from model.permute import Copies, bring_back, pick
 
 
 class Products(Protocol):
@@ -155,7 +155,7 @@ class _FusedExperts(torch.autograd.Function):
         x, weights, *kept = ctx.saved_tensors
         (first, second), rows, copies = ctx.matrices, ctx.rows, ctx.copies
         products, grad = products_for(*second.shape[1:]), grad.contiguous()
-        row_weights = weights.flatten().index_select(0, copies.choices)
+        row_weights = pick(weights, copies)
         gate_up = restore_rows(kept, first.shape[1], x.dtype)
         grad_gate_up, inner, grad_weights = products.down_backward(grad, second, gate_up, row_weights, rows)
         grad_rows = products.gate_up_backward(grad_gate_up, first, rows)
@@ -170,10 +170,8 @@ class _FusedExperts(torch.autograd.Function):
                 gradients.append(None)
             else:
                 gradients.append(compute())
-        padded = torch.cat((grad_weights, grad_weights.new_zeros(1)))
-        of_choices = padded.index_select(0, copies.slots.flatten()).view(weights.shape)
         of_x = sum_rows(grad_rows, copies.slots, (), num_rows=len(copies.choices))
-        return of_x, of_choices, *gradients, None, None, None, None
+        return of_x, bring_back(grad_weights, copies), *gradients, None, None, None, None
 
 
 def _weight_gradient(matrix: Tensor, add: Any) -> Tensor | None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from model.fp8 import Quantizer
 from model.linear import WeightGradients
 from model.packing import encode_rows, restore_rows
-from model.permute import Copies
+from model.permute import Copies, bring_back, pick
 
 TILE = 128
 
@@ -67,7 +67,7 @@ class _FusedExperts(torch.autograd.Function):
 
         power_of_two = quantizers[0].config.power_of_two
         first, second = (_codes(*pair) for pair in zip(quantizers, (gate_up_proj, down_proj), strict=True))
-        row_weights = weights.flatten().index_select(0, copies.choices)
+        row_weights = pick(weights, copies)
         rows = fp8_quantize.quantize_rows(x, counts, tokens=copies.tokens, power_of_two=power_of_two)
         gate_up = fp8_grouped.multiply_rows(rows, first[0], counts)
         inner = fp8_quantize.quantize_swiglu(gate_up, row_weights, counts, power_of_two=power_of_two)
@@ -109,9 +109,16 @@ class _FusedExperts(torch.autograd.Function):
             else:
                 gradients.append(compute())
         slots = ctx.copies.slots
-        padded = torch.cat((grad_weights, grad_weights.new_zeros(1)))
-        of_choices = padded.index_select(0, slots.flatten()).view(slots.shape)
-        return sum_rows(grad_rows, slots, ()), of_choices, *gradients, None, None, None, None, None
+        return (
+            sum_rows(grad_rows, slots, ()),
+            bring_back(grad_weights, ctx.copies),
+            *gradients,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def _weight_gradient(matrix: Tensor, grad: Any, make_rows: Any, counts: Tensor) -> Tensor | None:

@@ -55,6 +55,11 @@ def pick(values: Tensor, copies: Copies) -> Tensor:
     return result
 
 
+def bring_back(values: Tensor, copies: Copies) -> Tensor:
+    """What each copy has, [R], to where `pick` took it from, [T, C]: zero where a token has no such copy."""
+    return _gather(values.unsqueeze(-1), copies).squeeze(-1)
+
+
 class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, copies: Copies) -> Tensor:
@@ -85,7 +90,7 @@ class _Pick(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _gather(grad.unsqueeze(-1), ctx.copies).squeeze(-1), None
+        return bring_back(grad, ctx.copies), None
 
 
 def _sum_rows(rows: Tensor, copies: Copies) -> Tensor:
