@@ -2,6 +2,7 @@
 scales are broken, which has to fail. All products are in FP8 that can be, routed experts and small ones too.
 
     python benchmarks/fp8_loss.py --data runs/data --out runs/fp8-loss                     # one GPU
+    python benchmarks/fp8_loss.py --data runs/data --out runs/fp8-loss --side-by-side      # three GPUs, a run on each
     python benchmarks/fp8_loss.py --data runs/data --out runs/fp8-tiny --config configs/tiny.toml --batch 8 \\
         --learning-rate 4e-3 --steps 200 --planted-steps 100 --limit 2                     # a rehearsal on a CPU
 
@@ -23,6 +24,7 @@ Exit status: 0 if FP8 is within the limit and the fault is not, else 1.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -35,19 +37,29 @@ sys.path.insert(0, str(ROOT))
 
 from model import fp8 as reference  # noqa: E402
 from model.quantize import Quantized, quantize_tiles  # noqa: E402
+from parallel.launch import find_place, join_processes, leave_processes  # noqa: E402
+from parallel.zero import load_deepspeed  # noqa: E402
+from pretrain.__main__ import build_parser  # noqa: E402
 from pretrain.__main__ import main as pretrain  # noqa: E402
+from pretrain.compare import plan_comparison  # noqa: E402
 from pretrain.config import load_config  # noqa: E402
-from pretrain.errors import DONE, GAP_TOO_LARGE  # noqa: E402
+from pretrain.errors import DONE, GAP_TOO_LARGE, STOPPED_EARLY  # noqa: E402
+from pretrain.loop import train  # noqa: E402
 
-PLANTED = "planted"
+PLANTED, SIDE, COMPARE = "planted", "side", "compare"
 FP8 = ('precision.fp8="block"', "precision.fp8_everywhere=true")
 
 
 def main() -> int:
-    """Runs the comparisons, or with "planted" as the first argument a command of `pretrain` with the fault."""
-    if sys.argv[1:2] == [PLANTED]:
+    """Runs the comparisons, or what one of them consists of, with "planted" as the first argument with the fault."""
+    words = sys.argv[1:]
+    if words[:1] == [PLANTED]:
         plant()
-        return pretrain(sys.argv[2:])
+        words = words[1:]
+    if words[:1] == [SIDE]:
+        return train_side(words[1], words[2:])
+    if words[:1] == [COMPARE]:
+        return pretrain(words)
     arguments = parse()
     out, began = arguments.out.resolve(), time.perf_counter()
     settings = overrides(arguments)
@@ -55,10 +67,15 @@ def main() -> int:
     limit = ["--limit", str(arguments.limit)]
     steps, fewer = (["--steps", str(number)] for number in (arguments.steps, arguments.planted_steps))
     config, planted, healthy = str(Path(arguments.config).resolve()), out / PLANTED, out / "healthy"
-    pair = [config, config, *both, *options("--set-b", FP8), *limit, "--out", str(out)]
+    pair = [config, config, *both, *options("--set-b", FP8), *limit, *steps, "--out", str(out)]
+    with_fault = [config, *only_b, *limit, *fewer, "--out", str(planted)]
+    if arguments.side_by_side:
+        train_side_by_side(
+            [[SIDE, "a", *pair], [SIDE, "b", *pair], [PLANTED, SIDE, "b", config, config, *with_fault[1:]]]
+        )
     statuses = {
-        "FP8": run(["-m", "pretrain"], [*pair, *steps]),
-        PLANTED: run([__file__, PLANTED], [str(out / "a"), config, *only_b, *limit, *fewer, "--out", str(planted)]),
+        "FP8": run(["-m", "pretrain"], pair),
+        PLANTED: run([__file__, PLANTED], [str(out / "a"), *with_fault]),
         "healthy": run(
             ["-m", "pretrain"],
             [str(out / "a"), str(out / "b"), *limit, *fewer, "--only-report", "--out", str(healthy)],
@@ -85,6 +102,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4, help="sequences a step, in one micro-batch")
     parser.add_argument("--learning-rate", type=float, default=5e-4, help="the highest")
     parser.add_argument("--limit", type=float, default=0.25, help="percent")
+    parser.add_argument("--side-by-side", action="store_true", help="train all at once, each on a GPU of its own")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="more for all runs")
     return parser.parse_args()
 
@@ -107,6 +125,7 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
         f"train.validate_every={arguments.planted_steps}",
         f"timeline.learning_rate=[{pieces}]",
         "checkpoint.every=0",
+        "logging.fp8_every=0",
         "logging.tensorboard=false",
         "logging.every=50",
         *arguments.set,
@@ -127,9 +146,39 @@ def options(name: str, values: Sequence[str]) -> list[str]:
 
 def run(program: Sequence[str], arguments: Sequence[str]) -> int:
     """A `compare` in a process of its own; returns its status."""
-    command = [sys.executable, *program, "compare", *arguments]
+    command = [sys.executable, *program, COMPARE, *arguments]
     print("$", *command, file=sys.stderr, flush=True)
     return subprocess.run(command, cwd=ROOT).returncode
+
+
+def train_side_by_side(commands: Sequence[Sequence[str]]) -> None:
+    """Trains the runs that the comparisons then find complete."""
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2").split(",")
+    processes = [
+        subprocess.Popen([sys.executable, __file__, *command], cwd=ROOT, env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu})
+        for command, gpu in zip(commands, gpus, strict=True)
+    ]
+    for process in processes:
+        process.wait()
+
+
+def train_side(role: str, arguments: Sequence[str]) -> int:
+    """Trains run `a` or `b` of a comparison with these arguments."""
+    parsed, place = build_parser().parse_args([COMPARE, *arguments]), find_place()
+    comparison = plan_comparison(
+        (parsed.a, parsed.b),
+        overrides=parsed.set,
+        overrides_b=parsed.set_b,
+        steps=parsed.steps,
+        num_seeds=0,
+        out=parsed.out,
+        limit=parsed.limit / 100,
+    )
+    load_deepspeed()
+    join_processes(place)
+    finished = train((comparison.a if role == "a" else comparison.b).config, place)
+    leave_processes()
+    return DONE if finished else STOPPED_EARLY
 
 
 def result(out: Path) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
+from model import flash
 from model.config import ModelConfig
 from model.experts import RoutedExperts, RoutedRows
 from model.fp8 import Fp8, Fp8Config
@@ -133,6 +134,9 @@ def attention(clock: Clock, sizes: Sizes, device: str) -> None:
         heads = (tensor.transpose(1, 2) for tensor in (q, k, v))
         return F.scaled_dot_product_attention(*heads, is_causal=True, scale=scale).transpose(1, 2)
 
+    def in_model() -> Tensor:
+        return flash.attend(q, k, v, scale) if flash.can_attend(q, v) else in_torch()
+
     def passes(forward: Callable[[], Tensor]) -> Work:
         def work() -> list[Tensor]:
             out = forward()
@@ -147,17 +151,17 @@ def attention(clock: Clock, sizes: Sizes, device: str) -> None:
 
         return forward
 
-    sides = {"as the model calls it": passes(in_torch)}
+    sides = {"as the model calls it": passes(in_model), "torch": passes(in_torch)}
     sides |= {name: passes(of_backend(backend)) for name, backend in BACKENDS.items()}
     if find_spec("flash_attn") is not None:
         from flash_attn.cute import flash_attn_func
 
         for name, repeats in (("FlashAttention 4", False), ("FlashAttention 4, deterministic", True)):
 
-            def flash(repeats: bool = repeats) -> Tensor:
+            def by_flash(repeats: bool = repeats) -> Tensor:
                 return flash_attn_func(q, k, v, softmax_scale=scale, causal=True, deterministic=repeats)[0]
 
-            sides[name] = passes(flash)
+            sides[name] = passes(by_flash)
     pairs = sizes.batch * HEADS * sizes.seq_len**2 / 2
     clock.table("Attention, forward and backward", sides, 2 * pairs * (4 * KEY_DIM + 3 * VALUE_DIM))
 

@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 from overlap import PAIR, Kernel, measure_overlap, read_trace, write_intervals
-from pipeline_speed import Ending, Setting, Side, build, compare, make_setting, measure, meet, micro_batches, wait
+from pipeline_speed import Ending, Setting, Side, build, compare, make_setting, measure, meet, micro_batches, tell, wait
+from quick_weights import draw_on_gpu
 from torch import distributed as dist
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -69,10 +70,13 @@ def run_rank(arguments: argparse.Namespace) -> None:
     if setting.device.type == "cuda":
         torch.cuda.set_device(setting.device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if setting.device.type == "cuda" else "gloo")
+    if setting.dtype == torch.bfloat16:
+        draw_on_gpu()
     mesh = make_mesh(layout(arguments, "dualpipev").mesh_shape(EP * arguments.pp))
     sides = make_sides(arguments, mesh, setting)
     loss, norm, differences = compare(sides, setting)
     times = measure(sides, setting, arguments.rounds)
+    tell("traces")
     traces = [trace(side, setting, mesh.rank) for side in sides]
     if mesh.rank == 0:
         print_table(arguments, setting, sides, [median(one.taken for one in of_side) for of_side in times], traces)

@@ -380,6 +380,7 @@ def compare(sides: Sequence[Side], setting: Setting) -> tuple[float, float, list
     ValueError."""
     found = []
     for side in sides:
+        tell(f"{side.name}: loss and norm")
         squares = torch.zeros((), dtype=torch.float64, device=setting.device)
 
         def add_up(side: Side = side, squares: Tensor = squares) -> None:
@@ -404,6 +405,7 @@ def measure(sides: Sequence[Side], setting: Setting, rounds: int) -> list[list[T
     """The times of a step of each side, one pair in every round."""
     times: list[list[Times]] = [[] for _ in sides]
     for number in range(-1, rounds):
+        tell(f"round {number + 1} of {rounds}")
         for index in Random(number).sample(range(len(sides)), len(sides)):
             meet(setting)
             start, start_busy = time.perf_counter(), time.process_time()
@@ -435,6 +437,12 @@ def measure_bubbles(side: Side, mesh: Mesh, setting: Setting, rounds: int) -> Bu
 
     step()
     return measure_bubble(executor, step, mesh.pipeline, setting.device, rounds)
+
+
+def tell(what: str) -> None:
+    """What comes next, by the first rank."""
+    if dist.get_rank() == 0:
+        print(f"{time.strftime('%X')} {what}", file=sys.stderr, flush=True)
 
 
 def meet(setting: Setting) -> None:

@@ -1,13 +1,15 @@
-"""Tokens a second of one GPU and of two, and what `pretrain plan` says of step and memory.
+"""Tokens a second of one GPU and of several, and what `pretrain plan` says of step and memory.
 
     python benchmarks/scaling.py --data runs/data                     # two GPUs, about 3 minutes
     python benchmarks/scaling.py --data runs/data --only "1 GPU" ep2
+    python benchmarks/scaling.py --data runs/data --gpus 4            # configs/dsv3_16b.toml, about 4 minutes
     python benchmarks/scaling.py --data DATA --config configs/tiny.toml --micro-batch-size 1      # without GPUs
 
-Whole optimizer steps of configs/dsv3_2b.toml on real tokens, from `assemble` and `train_step`; each layout is launched
-by itself. Every rank has the same micro-batches, as many tokens as the one GPU has. Medians of all steps but the first
-`--warm-up`, each until all ranks have ended it. Memory is the allocator's peak during the steps, on the rank that needs
-most, beside the planned peak of all tensors; the seconds are planned for `--hardware`.
+Whole optimizer steps on real tokens, of configs/dsv3_2b.toml, on four GPUs of dsv3_16b.toml, from `assemble` and
+`train_step`; each layout is launched by itself. Every rank has the same micro-batches, as many tokens as the one GPU
+has. Medians of all steps but the first `--warm-up`, each until all ranks have ended it. Memory is the allocator's peak
+during the steps, on the rank that needs most, beside the planned peak of all tensors; the seconds are planned for
+`--hardware`.
 Goals: 1.9 times the tokens a second with ZeRO 1, 1.85 times with experts on two ranks; memory within 5 %, time within
 20 % of the plan.
 """
@@ -32,6 +34,7 @@ from quick_weights import draw_on_gpu
 from torch import distributed as dist
 
 from data.loader import BatchLoader, BatchSpec
+from model.counts import training_flops_per_token
 from parallel.launch import find_place, join_processes
 from parallel.zero import load_deepspeed
 from pretrain.assemble import Assembly, assemble, open_data
@@ -54,12 +57,38 @@ class Layout:
     overrides: tuple[str, ...] = ()
 
 
-LAYOUTS = (
-    Layout("1 GPU", 1),
-    Layout("2, ZeRO 1", 2, ("parallel.zero_stage=1",)),
-    Layout("2, ep2", 2, ("parallel.ep=2",)),
-    Layout("2, ep2, dualpipev", 2, ("parallel.ep=2", "parallel.schedule=dualpipev")),
-)
+@dataclass(frozen=True)
+class Series:
+    """The layouts of one table, which train one model."""
+
+    config: str
+    micro_batch_size: int
+    layouts: tuple[Layout, ...]
+
+
+SPREAD = ("parallel.ep=4", "parallel.schedule=dualpipev")
+SERIES = {
+    2: Series(
+        "dsv3_2b",
+        8,
+        (
+            Layout("1 GPU", 1),
+            Layout("2, ZeRO 1", 2, ("parallel.zero_stage=1",)),
+            Layout("2, ep2", 2, ("parallel.ep=2",)),
+            Layout("2, ep2, dualpipev", 2, ("parallel.ep=2", "parallel.schedule=dualpipev")),
+        ),
+    ),
+    4: Series(
+        "dsv3_16b",
+        2,
+        (
+            Layout("4, ep4", 4, ("parallel.ep=4",)),
+            Layout("4, ep4, FP8", 4, ("parallel.ep=4", 'precision.fp8="block"', "parallel.fp8_dispatch=true")),
+            Layout("4, ep4, dualpipev", 4, SPREAD),
+            Layout("4, pp2, ep2, dualpipev", 4, ("parallel.pp=2", "parallel.ep=2", "parallel.schedule=dualpipev")),
+        ),
+    ),
+}
 
 
 def main() -> None:
@@ -70,7 +99,7 @@ def main() -> None:
         return
     results = []
     with TemporaryDirectory() as folder:
-        for place, layout in enumerate(LAYOUTS):
+        for place, layout in enumerate(SERIES[arguments.gpus].layouts):
             if arguments.only and not any(text in layout.name for text in arguments.only):
                 continue
             print(layout.name, file=sys.stderr, flush=True)
@@ -82,16 +111,21 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, metavar="DIR")
-    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "dsv3_2b.toml")
+    parser.add_argument("--gpus", type=int, choices=SERIES, default=2)
+    parser.add_argument("--config", type=Path, help="(default: dsv3_2b.toml, on four GPUs dsv3_16b.toml)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--micro-batch-size", type=int, default=8)
+    parser.add_argument("--micro-batch-size", type=int, help="(default: 8, on four GPUs 2)")
     parser.add_argument("--micro-batches", type=int, default=8, help="of each rank in a step")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--warm-up", type=int, default=2, help="of the steps that do not count")
     parser.add_argument("--hardware", type=Path, default=Path("h200"))
     parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="layouts with this in their names")
     parser.add_argument("--limit", type=float, default=150, help="seconds that a layout may take")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    series = SERIES[arguments.gpus]
+    arguments.config = arguments.config or ROOT / "configs" / f"{series.config}.toml"
+    arguments.micro_batch_size = arguments.micro_batch_size or series.micro_batch_size
+    return arguments
 
 
 def launch(layout: Layout, limit: float, out: Path) -> dict[str, Any] | None:
@@ -115,7 +149,7 @@ def launch(layout: Layout, limit: float, out: Path) -> dict[str, Any] | None:
 
 def run_rank(arguments: argparse.Namespace) -> None:
     """Some steps of one layout."""
-    layout = next(layout for layout in LAYOUTS if layout.name == os.environ["LAYOUT"])
+    layout = next(layout for layout in SERIES[arguments.gpus].layouts if layout.name == os.environ["LAYOUT"])
     config = configure(arguments, layout)
     place = find_place()
     check_layout(config, place.world_size)
@@ -181,26 +215,28 @@ def print_table(arguments: argparse.Namespace, results: Sequence[tuple[Layout, d
     found = [result["device"] for _, result in results if result]
     print(f"\n{date.today()}, {found[0] if found else 'nothing measured'}, torch {torch.__version__}")
     print(f"{arguments.config.stem}, {num} micro-batches of {size} sequences a rank, planned for {hardware.name}\n")
-    print(
-        "| layout | ms a step (fastest to slowest) | plan ms | ratio | tokens/s | of 1 GPU | GiB | plan GiB | ratio |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
+    head = "layout | ms a step (fastest to slowest) | plan ms | ratio | tokens/s | of 1 GPU | MFU | GiB | plan GiB"
+    print(f"| {head} | ratio |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     first = None
     for layout, result in results:
         if result is None:
-            print(f"| {layout.name} | failed | | | | | | | |")
+            print(f"| {layout.name} | failed | | | | | | | | |")
             continue
         config = configure(arguments, layout)
         times = result["times"][arguments.warm_up :]
         seconds, tokens = median(times), config.train.batch_size * config.train.seq_len
         if layout.num_ranks == 1:
             first = tokens / seconds
-        planned = predictor(config, config.train.seq_len, layout.num_ranks, hardware).step(num).seconds
+        micro_batches = num * layout.num_ranks // config.parallel.mesh_shape(layout.num_ranks).dp
+        planned = predictor(config, config.train.seq_len, layout.num_ranks, hardware).step(micro_batches).seconds
+        flops = tokens / seconds / layout.num_ranks * training_flops_per_token(config.model, config.train.seq_len)
         memory = max(each.peak for each in memories_of(config, layout.num_ranks)) / GIB
         ratio = f"{tokens / seconds / first:.3f}x" if first else ""
         print(
             f"| {layout.name} | {1e3 * seconds:.0f} ({1e3 * min(times):.0f} to {1e3 * max(times):.0f}) "
             f"| {1e3 * planned:.0f} | {seconds / planned:.3f} | {tokens / seconds:,.0f} | {ratio} "
+            f"| {100 * flops / 1e12 / hardware.bf16_tflops:.1f} % "
             f"| {result['peak'] / GIB:.2f} | {memory:.2f} | {result['peak'] / GIB / memory:.3f} |"
         )
     for layout, result in results:

@@ -141,7 +141,7 @@ class _SwiGLU(torch.autograd.Function):
         if gate_up.is_cuda:
             from model.kernels import swiglu as kernels
 
-            return kernels.swiglu(gate_up.flatten(0, -2), weights).view(*gate_up.shape[:-1], -1)
+            return kernels.swiglu(gate_up.flatten(0, -2), weights).unflatten(0, gate_up.shape[:-1])
         gate, up = gate_up.float().chunk(2, dim=-1)
         product = F.silu(gate) * up
         return (product if weights is None else product * weights.unsqueeze(-1)).to(gate_up.dtype)

@@ -108,7 +108,8 @@ def _loop(
     stop: StopRequest,
     progress: Progress,
 ) -> _Ended:
-    saver, averages = open_saver(run), open_averages(run, state)
+    averages = open_averages(run, state)
+    saver = open_saver(run, averages)
     saved_step = state.step if state.step else None
     train_config, meter = run.config.train, Meter(run)
     with _open_batches(run, state) as batches:

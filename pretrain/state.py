@@ -115,10 +115,10 @@ def _check_same_tokens(run: Assembly, reader: CheckpointReader) -> None:
         )
 
 
-def open_saver(run: Assembly) -> Saver:
-    """What saves the checkpoints of a run."""
+def open_saver(run: Assembly, averages: Averages | None = None) -> Saver:
+    """What saves the checkpoints of a run, with averages if there are any."""
     config = run.config.checkpoint
-    return Saver(
+    saver = Saver(
         run.folder,
         rank=run.place.rank,
         world_size=run.place.world_size,
@@ -126,6 +126,8 @@ def open_saver(run: Assembly) -> Saver:
         keep_every=config.keep_every,
         in_background=config.async_,
     )
+    saver.prepare(_tensors_to_save(run, averages))
+    return saver
 
 
 def open_averages(run: Assembly, state: TrainState) -> Averages | None:
@@ -151,7 +153,7 @@ def open_averages(run: Assembly, state: TrainState) -> Averages | None:
 def save(run: Assembly, state: TrainState, saver: Saver | None = None, averages: Averages | None = None) -> None:
     """Saves a checkpoint of `state`, every rank its own part, and removes those that are not kept. A `saver` counts and
     tells what fails; without one, it is waited for and raised as SharedError."""
-    keeper = saver or open_saver(run)
+    keeper = saver or open_saver(run, averages)
     keeper.save(state.step, lambda: _snapshot(run, state, averages))
     if saver is None:
         keeper.finish()
@@ -223,10 +225,9 @@ def _owned_masters(run: Assembly) -> dict[str, Tensor]:
 
 
 def _snapshot(run: Assembly, state: TrainState, averages: Averages | None) -> Snapshot:
-    ema = averages.tensors() if averages else {}
     return Snapshot(
         step=state.step,
-        tensors={**tensors_to_save(run), **{f"ema/{key}": tensor for key, tensor in ema.items()}},
+        tensors=_tensors_to_save(run, averages),
         shapes={shard.name: shard.shape for shard in run.optimizer.shards() if shard.owned},
         state={
             "step": state.step,
@@ -240,6 +241,11 @@ def _snapshot(run: Assembly, state: TrainState, averages: Averages | None) -> Sn
             run.tokenizer_file.name: run.tokenizer_file.read_bytes(),
         },
     )
+
+
+def _tensors_to_save(run: Assembly, averages: Averages | None) -> dict[str, Tensor]:
+    ema = averages.tensors() if averages else {}
+    return {**tensors_to_save(run), **{f"ema/{key}": tensor for key, tensor in ema.items()}}
 
 
 def tensors_to_save(run: Assembly) -> dict[str, Tensor]:

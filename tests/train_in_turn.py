@@ -4,6 +4,7 @@ as launching each takes longer than its steps. It ends with the first that fails
 import gc
 import json
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -20,12 +21,14 @@ def main(config: Path, runs: list[list[str]]) -> None:
     load_deepspeed()
     join_processes(place)
     for overrides in runs:
+        began = time.perf_counter()
         loaded = load_config(config, overrides)
         check_layout(loaded, place.world_size)
         train(loaded, place)
         gc.collect()
         if place.device.type == "cuda":
             torch.cuda.empty_cache()
+        print(f"{overrides[0]}: {time.perf_counter() - began:.1f} s", flush=True)
 
 
 if __name__ == "__main__":

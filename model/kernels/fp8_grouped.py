@@ -20,7 +20,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from model.kernels.fp8_quantize import Codes
-from model.kernels.groups import find_tile
+from model.kernels.groups import tile_table
 
 BLOCK = 128
 # Small tiles, of which a multiprocessor takes three: one is scaled while others multiply.
@@ -36,11 +36,11 @@ def multiply_rows(rows: Codes, weights: Codes, counts: Tensor) -> Tensor:
     out = torch.empty(num_rows, width, dtype=torch.bfloat16, device=counts.device)
     tiles = triton.cdiv(num_rows, ROWS_TILE["BLOCK_M"]) + num_experts
     if num_rows:
+        table = tile_table(counts, tiles, ROWS_TILE["BLOCK_M"])
         _rows_kernel[(tiles * (width // ROWS_TILE["BLOCK_N"]),)](
             _tiles(rows.codes, ROWS_TILE["BLOCK_M"]), rows.scale_inv,
             _tiles(weights.codes.flatten(0, 1), ROWS_TILE["BLOCK_N"]), weights.scale_inv,
-            counts, out, num_rows, width, size,
-            EXPERTS=num_experts, EXPERTS_BLOCK=triton.next_power_of_2(num_experts), BLOCK=BLOCK, **ROWS_TILE,
+            table, out, num_rows, width, size, EXPERTS=num_experts, BLOCK=BLOCK, **ROWS_TILE,
         )  # fmt: skip
     return out
 
@@ -65,16 +65,16 @@ def _tiles(codes: Tensor, height: int) -> Any:
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _rows_kernel(
-    codes: tl.tensor, scale_inv: tl.tensor, weights: tl.tensor, weights_scale_inv: tl.tensor, counts: tl.tensor,
+    codes: tl.tensor, scale_inv: tl.tensor, weights: tl.tensor, weights_scale_inv: tl.tensor, table: tl.tensor,
     out: tl.tensor, num_rows: tl.tensor, width: tl.tensor, size: tl.tensor,
-    EXPERTS: tl.constexpr, EXPERTS_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    EXPERTS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ) -> None:  # fmt: skip
     tiles_n = width // BLOCK_N
     tile, n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
-    expert, begin, end, _ = find_tile(counts, tile, EXPERTS, EXPERTS_BLOCK, BLOCK_M)
+    expert = tl.load(table + 3 * tile)
     if expert >= EXPERTS:
         return
+    begin, end = tl.load(table + 3 * tile + 1), tl.load(table + 3 * tile + 2)
     # Rows past the end are another expert's, and not stored.
     row = begin + tl.arange(0, BLOCK_M)
     is_row = row < end
@@ -84,13 +84,16 @@ def _rows_kernel(
     at_weights_scale = weights_scale_inv + (expert * (width // BLOCK) + n * BLOCK_N // BLOCK) * steps
     first = expert * width + n * BLOCK_N
     sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    # Factors are read a step ahead: a product that waited for its own would leave the tensor cores idle.
+    factor = tl.load(at_scale, mask=is_row, other=0.0) * tl.load(at_weights_scale)
     for step in range(steps):
         a = codes.load([begin, step * BLOCK])
         b = weights.load([first, step * BLOCK])
-        factor = tl.load(at_scale, mask=is_row, other=0.0) * tl.load(at_weights_scale)
+        following = min(step + 1, steps - 1)
+        next_factor = tl.load(at_scale + following * num_rows, mask=is_row, other=0.0)
+        next_factor *= tl.load(at_weights_scale + following)
         sums += tl.dot(a, b.T) * factor[:, None]
-        at_scale += num_rows
-        at_weights_scale += 1
+        factor = next_factor
     at = out + row.to(tl.int64)[:, None] * width + n * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     tl.store(at, sums.to(tl.bfloat16), mask=is_row[:, None])
 

@@ -1,36 +1,49 @@
-"""Copies of tensors in memory of the host that is kept from one time to the next, pinned for those of a GPU."""
+"""Copies of tensors in memory of the host that is kept from one time to the next, pinned for those of a GPU.
 
+Memory that is new has to be found page by page, and pinned: seconds for every 10 GB. A thread does that, as early as
+`prepare` is called. It pins segment by segment, because meanwhile the driver launches no kernel.
+"""
+
+import threading
+import weakref
 from collections.abc import Mapping
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 _ALIGNMENT = 64
+_PAGE = 4096
+_SEGMENT = 2**28
 
 
 class HostCopies:
     """Room for one copy of each of some tensors."""
 
     def __init__(self) -> None:
-        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._room: _Room | None = None
         self._copied: torch.cuda.Event | None = None
+
+    def prepare(self, tensors: Mapping[str, Tensor]) -> None:
+        """Has a thread take the room for copies of tensors of such sizes, unless it is there."""
+        _, size = _lay_out(tensors)
+        if self._room is None or size > len(self._room.bytes):
+            # The old room first, or there would be both for a moment.
+            self._room = None
+            self._room = _Room(size, next((tensor.device for tensor in tensors.values() if tensor.is_cuda), None))
 
     def begin(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copies, which are there after `wait`, of the tensors as the device's work so far leaves them. Those of the
         time before are gone."""
-        places, size = {}, 0
+        self.prepare(tensors)
+        assert self._room is not None
+        self._room.wait()
+        copies, (places, _) = {}, _lay_out(tensors)
         for key, tensor in tensors.items():
-            places[key] = size
-            size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+            self._room.copy(tensor, places[key])
+            copy = self._room.bytes[places[key] : places[key] + tensor.nbytes]
+            copies[key] = copy.view(tensor.dtype).view(tensor.shape)
         on_gpu = any(tensor.is_cuda for tensor in tensors.values())
-        if size > len(self._buffer):
-            # The old room first, or there would be both for a moment.
-            self._buffer = torch.empty(0, dtype=torch.uint8)
-            self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu)
-        copies = {}
-        for key, tensor in tensors.items():
-            copy = self._buffer[places[key] : places[key] + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            copies[key] = copy.copy_(tensor.detach(), non_blocking=True)
         self._copied = torch.cuda.current_stream().record_event() if on_gpu else None
         return copies
 
@@ -38,3 +51,53 @@ class HostCopies:
         """Until the copies are there. Any thread may wait."""
         if self._copied is not None:
             self._copied.synchronize()
+
+
+class _Room:
+    """`bytes` that a thread takes, pinned for a GPU if one is given. A segment that cannot be pinned stays as it is:
+    copies to it are slower."""
+
+    def __init__(self, size: int, gpu: torch.device | None) -> None:
+        memory = torch.empty(size + _PAGE, dtype=torch.uint8)
+        begin = -memory.data_ptr() % _PAGE
+        self.bytes = memory[begin : begin + size]
+        pinned: list[int] = []
+        self._thread = threading.Thread(target=_take, args=(self.bytes, gpu, pinned), daemon=True)
+        self._thread.start()
+        weakref.finalize(self, _unpin, self._thread, pinned).atexit = False
+
+    def wait(self) -> None:
+        self._thread.join()
+
+    def copy(self, tensor: Tensor, begin: int) -> None:
+        """Launches the copy of a tensor to the bytes from `begin` on. Each part of it lies in one segment, as what is
+        pinned in two pieces is not copied in one."""
+        source = tensor.detach().reshape(-1).view(torch.uint8)
+        end = begin + len(source)
+        edges = [begin, *range(begin - begin % _SEGMENT + _SEGMENT, end, _SEGMENT), end]
+        for first, last in pairwise(edges):
+            self.bytes[first:last].copy_(source[first - begin : last - begin], non_blocking=True)
+
+
+def _lay_out(tensors: Mapping[str, Tensor]) -> tuple[dict[str, int], int]:
+    """Where the copy of each begins, and where the last ends."""
+    places, size = {}, 0
+    for key, tensor in tensors.items():
+        places[key] = size
+        size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+    return places, size
+
+
+def _take(room: Tensor, gpu: torch.device | None, pinned: list[int]) -> None:
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
+    for segment in room.split(_SEGMENT):
+        segment.zero_()
+        if gpu is not None and int(torch.cuda.cudart().cudaHostRegister(segment.data_ptr(), len(segment), 0)) == 0:
+            pinned.append(segment.data_ptr())
+
+
+def _unpin(thread: threading.Thread, pinned: list[int]) -> None:
+    thread.join()
+    for pointer in pinned:
+        torch.cuda.cudart().cudaHostUnregister(pointer)

@@ -71,6 +71,12 @@ class Saver:
         self._news: list[News] = []
         self.failed = 0
 
+    def prepare(self, tensors: Mapping[str, Tensor]) -> None:
+        """Lets a thread take the memory for copies of such tensors, which would make the first save slow. For saves in
+        the background only."""
+        if self._in_background:
+            self._copies.prepare(tensors)
+
     def save(self, step: int, make: Callable[[], Snapshot]) -> None:
         """Saves what `make` gives, after the save before has ended. A failure is counted and told, not raised."""
         self._settle()

@@ -1,4 +1,4 @@
-"""Layouts over NCCL on two GPUs against one: the same losses and norms."""
+"""Layouts over NCCL on two and on four GPUs against one: the same losses and norms."""
 
 import json
 import subprocess
@@ -11,8 +11,9 @@ from support import WIDE, read_metrics, start_processes, write_run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
 
-DEEP = {**WIDE, "num_hidden_layers": 4}
-LAYOUTS = {
+# As many layers as DualPipeV has stages on four ranks.
+DEEP = {**WIDE, "num_hidden_layers": 8}
+ON_TWO = {
     "dp2": (),
     "ep2": ("parallel.ep=2",),
     "ep2 overlapped": ("parallel.ep=2", "parallel.schedule=dualpipev"),
@@ -25,23 +26,48 @@ LAYOUTS = {
         "parallel.pp=2", "parallel.schedule=dualpipev", 'parallel.recompute=["norms", "mla_up", "swiglu"]',
     ),
 }  # fmt: skip
+ON_FOUR = {
+    "dp4": (),
+    "ep4": ("parallel.ep=4",),
+    "dp2 ep2 overlapped": ("parallel.ep=2", "parallel.schedule=dualpipev"),
+    "cp2 ep2": ("parallel.cp=2", "parallel.ep=2"),
+    "pp2 ep2 dualpipev": ("parallel.pp=2", "parallel.ep=2", "parallel.schedule=dualpipev"),
+    "pp2 ep2 dualpipe": ("parallel.pp=2", "parallel.ep=2", "parallel.schedule=dualpipe"),
+    "pp2 cp2 1f1b": ("parallel.pp=2", "parallel.cp=2"),
+    "pp4 1f1b": ("parallel.pp=4",),
+    "pp4 dualpipev": ("parallel.pp=4", "parallel.schedule=dualpipev"),
+}
+LAYOUTS = {2: ON_TWO, 4: ON_FOUR}
 # In bf16 a rate at which rounding does not send two runs to different places.
 RATES = {"fp32": 1e-3, "bf16": 1e-4}
 STEPS = 6
-COMMON = (f"train.steps={STEPS}", "train.micro_batch_size=1", "checkpoint.every=0")
+COMMON = (
+    f"train.steps={STEPS}", "train.micro_batch_size=1", "checkpoint.every=0",
+    'timeline.batch_size=[{ shape = "linear", start = 8, value = 16, until = 4000 }, { value = 16 }]',
+)  # fmt: skip
 LAUNCH_TIMEOUT_S = 240
+Pending = dict[str, list[str]]
+"""Runs to make, by name, with what each overrides."""
+CASES = [
+    pytest.param(
+        num_gpus, dtype, name, id=f"{num_gpus}-{dtype}-{name}",
+        marks=pytest.mark.skipif(torch.cuda.device_count() < num_gpus, reason=f"needs {num_gpus} CUDA devices"),
+    )
+    for num_gpus, layouts in LAYOUTS.items() for dtype in RATES for name in layouts
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Runs:
-    """The folder of all runs, and of each that failed what was printed by the processes that it was the last of."""
+    """The configuration of all, in whose folder they are, and of each that failed what was printed by the processes
+    that it was the last of."""
 
-    folder: Path
+    config: Path
     failures: dict[str, str]
 
 
-def run_name(dtype: str, layout: str) -> str:
-    return f"{dtype}-{layout.replace(' ', '-').replace(',', '')}"
+def run_name(dtype: str, num_gpus: int, layout: str) -> str:
+    return f"{dtype}-on-{num_gpus}-{layout.replace(' ', '-').replace(',', '')}"
 
 
 def exact_name(dtype: str) -> str:
@@ -50,23 +76,34 @@ def exact_name(dtype: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """All layouts, in fp32 and in bf16, and what one GPU gives, at either rate in fp32 too."""
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """What one GPU gives in fp32 and in bf16, and in fp32 at the rate of bf16."""
     config = write_run(tmp_path_factory.mktemp("layouts"), **DEEP)
-
-    alone, spread = {}, {}
-    for dtype, rate in RATES.items():
-        settings = [*COMMON, f"timeline.learning_rate={rate}"]
-        for name, precision in ((dtype, dtype), (exact_name(dtype), "fp32")):
-            alone[name] = [f"run.name={name}", f"precision.dtype={precision}", *settings]
-        for layout, overrides in LAYOUTS.items():
-            name = run_name(dtype, layout)
-            spread[name] = [f"run.name={name}", f"precision.dtype={dtype}", *settings, *overrides]
-    failures = train_in_turn(config, alone, processes=1) | train_in_turn(config, spread, processes=2)
-    return Runs(config.parent, failures)
+    pending = {}
+    for dtype in RATES:
+        pending[dtype] = settings(dtype, dtype)
+        pending[exact_name(dtype)] = [*settings(exact_name(dtype), dtype), "precision.dtype=fp32"]
+    return Runs(config, train_in_turn(config, pending, processes=1))
 
 
-def train_in_turn(config: Path, pending: dict[str, list[str]], *, processes: int) -> dict[str, str]:
+@pytest.fixture(scope="module")
+def spread(alone: Runs, request: pytest.FixtureRequest) -> Runs:
+    """What the layouts of so many GPUs give."""
+    num_gpus: int = request.param
+    pending = {
+        run_name(dtype, num_gpus, name): [*settings(run_name(dtype, num_gpus, name), dtype), *overrides]
+        for dtype in RATES
+        for name, overrides in LAYOUTS[num_gpus].items()
+    }
+    return Runs(alone.config, alone.failures | train_in_turn(alone.config, pending, processes=num_gpus))
+
+
+def settings(name: str, dtype: str) -> list[str]:
+    """The overrides of a run."""
+    return [f"run.name={name}", f"precision.dtype={dtype}", f"timeline.learning_rate={RATES[dtype]}", *COMMON]
+
+
+def train_in_turn(config: Path, pending: Pending, *, processes: int) -> dict[str, str]:
     """Runs all, in new processes after one that fails; returns of each that did what was printed."""
     failures = {}
     while pending:
@@ -92,13 +129,13 @@ def is_complete(run: Path) -> bool:
     return (run / "metrics.jsonl").is_file() and len(read_metrics(run)) == STEPS
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("dtype", RATES)
-def test_same_as_one_gpu(runs: Runs, name: str, dtype: str) -> None:
-    needed = run_name(dtype, name), dtype, exact_name(dtype)
+@pytest.mark.parametrize(("spread", "dtype", "name"), CASES, indirect=["spread"])
+def test_same_as_one_gpu(spread: Runs, dtype: str, name: str, request: pytest.FixtureRequest) -> None:
+    num_gpus = request.node.callspec.params["spread"]
+    needed = run_name(dtype, num_gpus, name), dtype, exact_name(dtype)
     for run in needed:
-        assert run not in runs.failures, runs.failures[run]
-    ours, one, exact = (read_metrics(runs.folder / run) for run in needed)
+        assert run not in spread.failures, spread.failures[run]
+    ours, one, exact = (read_metrics(spread.config.parent / run) for run in needed)
     for key in ("loss", "lm_loss", "grad_norm"):
         gap = max(abs(a[key] / b[key] - 1) for a, b in zip(one, exact, strict=True))
         for mine, other in zip(ours, exact, strict=True):

@@ -78,7 +78,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Broken]
         for run in broken.values():
             run.output, _ = run.launcher.communicate(timeout=180)
         for launcher in straight:
-            launcher.communicate(timeout=60)
+            output, _ = launcher.communicate(timeout=60)
+            assert launcher.returncode == 0, output
         yield broken
     finally:
         for launcher in launchers:
