@@ -7,7 +7,7 @@ scales are broken, which has to fail. All products are in FP8 that can be, route
         --learning-rate 4e-3 --steps 200 --planted-steps 100 --limit 2                     # a rehearsal on a CPU
 
 All runs have the same initial weights and see the same samples. The timeline is that of a whole training, made short:
-the learning rate rises over a tenth of the steps, stays until half of them, and falls along a cosine to a tenth at the
+the learning rate rises over a fifth of the steps, stays until half of them, and falls along a cosine to a tenth at the
 end, so that the last fifth, over which the gap is taken, is where a run would stop. The broken runs are as long as
 `--planted-steps` and keep that timeline; healthy FP8 after as many steps is shown beside them.
 
@@ -70,9 +70,8 @@ def main() -> int:
     pair = [config, config, *both, *options("--set-b", FP8), *limit, *steps, "--out", str(out)]
     with_fault = [config, *only_b, *limit, *fewer, "--out", str(planted)]
     if arguments.side_by_side:
-        train_side_by_side(
-            [[SIDE, "a", *pair], [SIDE, "b", *pair], [PLANTED, SIDE, "b", config, config, *with_fault[1:]]]
-        )
+        short = [config, config, *both, *options("--set-b", FP8), *limit, *fewer, "--out", str(planted)]
+        train_side_by_side([[SIDE, "a", *pair], [SIDE, "b", *pair], [PLANTED, SIDE, "b", *short]])
     statuses = {
         "FP8": run(["-m", "pretrain"], pair),
         PLANTED: run([__file__, PLANTED], [str(out / "a"), *with_fault]),
@@ -113,7 +112,7 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
     tokens = arguments.steps * arguments.batch * config.train.seq_len
     highest = arguments.learning_rate
     pieces = (
-        f'{{ shape = "linear", start = 0.0, value = {highest}, until = {tokens // 10} }}, '
+        f'{{ shape = "linear", start = 0.0, value = {highest}, until = {tokens // 5} }}, '
         f"{{ value = {highest}, until = {tokens // 2} }}, "
         f'{{ shape = "cosine", value = {highest / 10}, until = {tokens} }}, {{ value = {highest / 10} }}'
     )
@@ -159,7 +158,8 @@ def train_side_by_side(commands: Sequence[Sequence[str]]) -> None:
         for command, gpu in zip(commands, gpus, strict=True)
     ]
     for process in processes:
-        process.wait()
+        if process.wait() != DONE:
+            raise SystemExit(f"a run failed with status {process.returncode}")
 
 
 def train_side(role: str, arguments: Sequence[str]) -> int:

@@ -33,6 +33,7 @@ import parallel.executor
 from parallel.build import build_executor
 from parallel.chunk import LossWeights, MicroBatch
 from parallel.config import ParallelConfig
+from parallel.launch import keep_compiled_kernels
 from parallel.mesh import Mesh, make_mesh
 from parallel.schedule import ScheduleName
 from parallel.tape import Steps, run_in_turns, run_to_end
@@ -69,6 +70,7 @@ def run_rank(arguments: argparse.Namespace) -> None:
     setting = make_setting(arguments)
     if setting.device.type == "cuda":
         torch.cuda.set_device(setting.device)
+        keep_compiled_kernels()
     dist.init_process_group("cpu:gloo,cuda:nccl" if setting.device.type == "cuda" else "gloo")
     if setting.dtype == torch.bfloat16:
         draw_on_gpu()

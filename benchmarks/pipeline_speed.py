@@ -51,6 +51,7 @@ from parallel.build import build_executor, build_model, placement
 from parallel.chunk import LossWeights, MicroBatch
 from parallel.config import ParallelConfig
 from parallel.executor import Executor
+from parallel.launch import keep_compiled_kernels
 from parallel.mesh import Mesh, make_mesh
 from parallel.schedule import ScheduleName
 from parallel.stages import split_layers
@@ -197,6 +198,7 @@ def run_rank(arguments: argparse.Namespace) -> None:
     setting, deepspeed = make_setting(arguments), load_deepspeed()
     if setting.device.type == "cuda":
         torch.cuda.set_device(setting.device)
+        keep_compiled_kernels()
     dist.init_process_group("cpu:gloo,cuda:nccl" if setting.device.type == "cuda" else "gloo")
     deepspeed.init_distributed(dist_init_required=False)
     if setting.dtype == torch.bfloat16:

@@ -21,7 +21,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -97,14 +97,19 @@ def main() -> None:
     if "RANK" in os.environ:
         run_rank(arguments)
         return
-    results = []
+    notes, first = [], 0.0
+    print_head(arguments)
     with TemporaryDirectory() as folder:
         for place, layout in enumerate(SERIES[arguments.gpus].layouts):
             if arguments.only and not any(text in layout.name for text in arguments.only):
                 continue
-            print(layout.name, file=sys.stderr, flush=True)
-            results.append((layout, launch(layout, arguments.limit, Path(folder) / f"{place}.json")))
-    print_table(arguments, results)
+            result = launch(layout, arguments.limit, Path(folder) / f"{place}.json")
+            first = print_row(arguments, layout, result, first)
+            if result is not None:
+                losses = " ".join(f"{loss:.3f}" for loss in result["losses"])
+                device, built = result["device"], result["built"] / GIB
+                notes.append(f"- {layout.name}: {device}; {built:.1f} GiB while it was built; losses {losses}")
+    print("\n" + "\n".join(notes))
 
 
 def parse() -> argparse.Namespace:
@@ -152,16 +157,23 @@ def run_rank(arguments: argparse.Namespace) -> None:
     layout = next(layout for layout in SERIES[arguments.gpus].layouts if layout.name == os.environ["LAYOUT"])
     config = configure(arguments, layout)
     place = find_place()
+    began = time.perf_counter()
+
+    def tell(what: str) -> None:
+        if place.is_first:
+            print(f"{layout.name}: {what} after {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+
     check_layout(config, place.world_size)
     load_deepspeed()
     join_processes(place)
     draw_on_gpu()
     run = assemble(config, place, open_data(config))
+    tell("built")
     built = _peak(run)
     if place.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    times, losses = time_steps(run, arguments.steps)
+    times, losses = time_steps(run, arguments.steps, tell)
     peaks = torch.tensor([built, _peak(run)], dtype=torch.float64, device=place.device)
     dist.all_reduce(peaks, dist.ReduceOp.MAX)
     if place.is_first:
@@ -182,7 +194,7 @@ def configure(arguments: argparse.Namespace, layout: Layout) -> Config:
     return load_config(arguments.config, [*sizes, *arguments.set, *layout.overrides])
 
 
-def time_steps(run: Assembly, steps: int) -> tuple[list[float], list[float]]:
+def time_steps(run: Assembly, steps: int, tell: Callable[[str], None]) -> tuple[list[float], list[float]]:
     """Seconds of each step until all ranks have ended it, its data included, and its loss."""
     stream, shape, size = run.stream, run.mesh.shape, run.config.train.batch_size
     start = stream.start(run.config.train.seq_len)
@@ -202,6 +214,7 @@ def time_steps(run: Assembly, steps: int) -> tuple[list[float], list[float]]:
             taken = torch.tensor(time.perf_counter() - began, dtype=torch.float64, device=device)
             dist.all_reduce(taken, dist.ReduceOp.MAX)
             times.append(float(taken))
+            tell(f"step {number + 1}")
     return times, losses
 
 
@@ -209,40 +222,40 @@ def _peak(run: Assembly) -> float:
     return float(torch.cuda.max_memory_allocated()) if run.place.device.type == "cuda" else 0.0
 
 
-def print_table(arguments: argparse.Namespace, results: Sequence[tuple[Layout, dict[str, Any] | None]]) -> None:
-    """Each layout beside the first and beside its plan."""
-    hardware, num, size = load_hardware(arguments.hardware), arguments.micro_batches, arguments.micro_batch_size
-    found = [result["device"] for _, result in results if result]
-    print(f"\n{date.today()}, {found[0] if found else 'nothing measured'}, torch {torch.__version__}")
+def print_head(arguments: argparse.Namespace) -> None:
+    """Of the table."""
+    hardware = load_hardware(arguments.hardware)
+    num, size = arguments.micro_batches, arguments.micro_batch_size
+    print(f"\n{date.today()}, torch {torch.__version__}, medians of {arguments.steps - arguments.warm_up}")
     print(f"{arguments.config.stem}, {num} micro-batches of {size} sequences a rank, planned for {hardware.name}\n")
     head = "layout | ms a step (fastest to slowest) | plan ms | ratio | tokens/s | of 1 GPU | MFU | GiB | plan GiB"
     print(f"| {head} | ratio |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    first = None
-    for layout, result in results:
-        if result is None:
-            print(f"| {layout.name} | failed | | | | | | | | |")
-            continue
-        config = configure(arguments, layout)
-        times = result["times"][arguments.warm_up :]
-        seconds, tokens = median(times), config.train.batch_size * config.train.seq_len
-        if layout.num_ranks == 1:
-            first = tokens / seconds
-        micro_batches = num * layout.num_ranks // config.parallel.mesh_shape(layout.num_ranks).dp
-        planned = predictor(config, config.train.seq_len, layout.num_ranks, hardware).step(micro_batches).seconds
-        flops = tokens / seconds / layout.num_ranks * training_flops_per_token(config.model, config.train.seq_len)
-        memory = max(each.peak for each in memories_of(config, layout.num_ranks)) / GIB
-        ratio = f"{tokens / seconds / first:.3f}x" if first else ""
-        print(
-            f"| {layout.name} | {1e3 * seconds:.0f} ({1e3 * min(times):.0f} to {1e3 * max(times):.0f}) "
-            f"| {1e3 * planned:.0f} | {seconds / planned:.3f} | {tokens / seconds:,.0f} | {ratio} "
-            f"| {100 * flops / 1e12 / hardware.bf16_tflops:.1f} % "
-            f"| {result['peak'] / GIB:.2f} | {memory:.2f} | {result['peak'] / GIB / memory:.3f} |"
-        )
-    for layout, result in results:
-        if result is not None:
-            losses = " ".join(f"{loss:.3f}" for loss in result["losses"])
-            print(f"- {layout.name}: peak while it was built {result['built'] / GIB:.1f} GiB; losses {losses}")
+    print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
+
+
+def print_row(arguments: argparse.Namespace, layout: Layout, result: dict[str, Any] | None, first: float) -> float:
+    """A layout beside its plan and beside `first`, the tokens a second of one GPU, 0 if not known; which it returns."""
+    if result is None:
+        print(f"| {layout.name} | failed | | | | | | | | |", flush=True)
+        return first
+    config, hardware = configure(arguments, layout), load_hardware(arguments.hardware)
+    times = result["times"][arguments.warm_up :]
+    seconds, tokens = median(times), config.train.batch_size * config.train.seq_len
+    if layout.num_ranks == 1:
+        first = tokens / seconds
+    micro_batches = arguments.micro_batches * layout.num_ranks // config.parallel.mesh_shape(layout.num_ranks).dp
+    planned = predictor(config, config.train.seq_len, layout.num_ranks, hardware).step(micro_batches).seconds
+    flops = tokens / seconds / layout.num_ranks * training_flops_per_token(config.model, config.train.seq_len)
+    memory = max(each.peak for each in memories_of(config, layout.num_ranks)) / GIB
+    ratio = f"{tokens / seconds / first:.3f}x" if first else ""
+    print(
+        f"| {layout.name} | {1e3 * seconds:.0f} ({1e3 * min(times):.0f} to {1e3 * max(times):.0f}) "
+        f"| {1e3 * planned:.0f} | {seconds / planned:.3f} | {tokens / seconds:,.0f} | {ratio} "
+        f"| {100 * flops / 1e12 / hardware.bf16_tflops:.1f} % "
+        f"| {result['peak'] / GIB:.2f} | {memory:.2f} | {result['peak'] / GIB / memory:.3f} |",
+        flush=True,
+    )
+    return first
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -64,6 +65,7 @@ def join_processes(place: Place) -> None:
     backend = "gloo"
     if place.device.type == "cuda":
         torch.cuda.set_device(place.device)
+        keep_compiled_kernels()
         backend = "cpu:gloo,cuda:nccl"
     if place.world_size == 1:
         dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore(), timeout=JOIN_TIMEOUT)
@@ -79,6 +81,15 @@ def join_processes(place: Place) -> None:
             "or export MASTER_ADDR and MASTER_PORT"
         )
     _set_pg_timeout(COLLECTIVE_TIMEOUT)
+
+
+def keep_compiled_kernels() -> None:
+    """Lets QuACK and FlashAttention 4 find on disk what they compiled before, which takes them half a minute. By
+    default they keep it below the folder for temporary files, where others can write, or not at all."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eva"
+    os.environ.setdefault("QUACK_CACHE_DIR", str(folder / "quack"))
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(folder / "flash_attention"))
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
 
 
 def leave_processes() -> None:
