@@ -144,7 +144,7 @@ class _FusedExperts(torch.autograd.Function):
         rows = products.rows(copies, counts)
         gate_up, inner = products.gate_up(x, gate_up_proj, rows)
         results = products.down(inner, down_proj, rows)
-        ctx.save_for_backward(x, weights, *(encode_rows(gate_up) if packs else (gate_up,)))
+        ctx.save_for_backward(x, weights, encode_rows(gate_up) if packs else gate_up)
         ctx.matrices, ctx.rows, ctx.copies, ctx.later = (gate_up_proj, down_proj), rows, copies, later
         return sum_rows(results, copies.slots, (), weights=weights, num_rows=len(copies.choices))
 
@@ -152,7 +152,7 @@ class _FusedExperts(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         from model.kernels.permute import sum_rows
 
-        x, weights, *kept = ctx.saved_tensors
+        x, weights, kept = ctx.saved_tensors
         (first, second), rows, copies = ctx.matrices, ctx.rows, ctx.copies
         products, grad = products_for(*second.shape[1:]), grad.contiguous()
         row_weights = pick(weights, copies)

@@ -111,32 +111,30 @@ def _activate(execution: Execution, gate_up: Tensor, *weights: Tensor) -> Tensor
     if not (execution.packs_swiglu and torch.is_grad_enabled()):
         return execution.recompute.again("swiglu", swiglu, gate_up, *weights)
     packed = encode_rows(gate_up.detach().flatten(0, -2))
-    inner: Tensor = _SwiGLU.apply(gate_up, *(weights or (None,)), *packed)
+    inner: Tensor = _SwiGLU.apply(gate_up, *(weights or (None,)), packed)
 
-    def again(codes: Tensor, scales: Tensor, *weights: Tensor) -> Tensor:
-        rows = decode_rows(codes, scales, gate_up_size[-1], inner_dtype)
+    def again(packed: Tensor, *weights: Tensor) -> Tensor:
+        rows = decode_rows(packed, gate_up_size[-1], inner_dtype)
         return swiglu(rows.view(gate_up_size), *weights)
 
     gate_up_size, inner_dtype = gate_up.shape, inner.dtype
-    execution.recompute.remember("swiglu", inner, again, *packed, *weights)
+    execution.recompute.remember("swiglu", inner, again, packed, *weights)
     return inner
 
 
 def swiglu(gate_up: Tensor, weights: Tensor | None = None) -> Tensor:
     """silu(gate) · up for the concatenation [..., 2I], times a weight for each row [R] if there are any; returns
     [..., I], rounded once."""
-    result: Tensor = _SwiGLU.apply(gate_up, weights, None, None)
+    result: Tensor = _SwiGLU.apply(gate_up, weights, None)
     return result
 
 
 class _SwiGLU(torch.autograd.Function):
-    """Of a gate_up that comes with codes and scales, these are kept in its place."""
+    """Of a gate_up that comes with its packed rows, these are kept in its place."""
 
     @staticmethod
-    def forward(
-        ctx: Any, gate_up: Tensor, weights: Tensor | None, codes: Tensor | None, scales: Tensor | None
-    ) -> Tensor:
-        ctx.save_for_backward(*((gate_up,) if codes is None else (codes, scales)), weights)
+    def forward(ctx: Any, gate_up: Tensor, weights: Tensor | None, packed: Tensor | None) -> Tensor:
+        ctx.save_for_backward(gate_up if packed is None else packed, weights)
         ctx.size, ctx.dtype = gate_up.shape, gate_up.dtype
         if gate_up.is_cuda:
             from model.kernels import swiglu as kernels
@@ -148,14 +146,14 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *kept, weights = ctx.saved_tensors
+        kept, weights = ctx.saved_tensors
         gate_up = restore_rows(kept, ctx.size[-1], ctx.dtype).view(ctx.size)
         if grad.is_cuda:
             from model.kernels import swiglu as kernels
 
             rows = grad.flatten(0, -2), gate_up.flatten(0, -2)
             grad_gate_up, grad_weights, _ = kernels.swiglu_backward(*rows, weights, with_result=False)
-            return grad_gate_up.view(gate_up.shape), grad_weights, None, None
+            return grad_gate_up.view(gate_up.shape), grad_weights, None
         gate, up = gate_up.float().chunk(2, dim=-1)
         share, wide = gate.sigmoid(), grad.float()
         silu = gate * share
@@ -164,4 +162,4 @@ class _SwiGLU(torch.autograd.Function):
             grad_weights = (wide * silu * up).sum(-1)
             wide = wide * weights.unsqueeze(-1)
         grad_gate = wide * up * (share + silu * (1 - share))
-        return torch.cat((grad_gate, wide * silu), dim=-1).to(gate_up.dtype), grad_weights, None, None
+        return torch.cat((grad_gate, wide * silu), dim=-1).to(gate_up.dtype), grad_weights, None

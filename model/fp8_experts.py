@@ -72,7 +72,7 @@ class _FusedExperts(torch.autograd.Function):
         gate_up = fp8_grouped.multiply_rows(rows, first[0], counts)
         inner = fp8_quantize.quantize_swiglu(gate_up, row_weights, counts, power_of_two=power_of_two)
         results = fp8_grouped.multiply_rows(inner, second[0], counts)
-        ctx.save_for_backward(x, row_weights, counts, *(encode_rows(gate_up) if packs else (gate_up,)))
+        ctx.save_for_backward(x, row_weights, counts, encode_rows(gate_up) if packs else gate_up)
         ctx.matrices, ctx.quantizers, ctx.copies, ctx.later = (gate_up_proj, down_proj), quantizers, copies, later
         return sum_rows(results, copies.slots, ())
 
@@ -81,7 +81,7 @@ class _FusedExperts(torch.autograd.Function):
         from model.kernels import fp8_grouped, fp8_quantize
         from model.kernels.permute import sum_rows
 
-        x, row_weights, counts, *kept = ctx.saved_tensors
+        x, row_weights, counts, kept = ctx.saved_tensors
         gate_up = restore_rows(kept, ctx.matrices[0].shape[1], x.dtype)
         tokens, power_of_two = ctx.copies.tokens, ctx.quantizers[0].config.power_of_two
         first, second = (_codes(*pair) for pair in zip(ctx.quantizers, ctx.matrices, strict=True))

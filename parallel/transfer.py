@@ -29,13 +29,13 @@ class AllToAll:
 
 
 class Fp8AllToAll(AllToAll):
-    """The same with the first tensor, rows [R, D], in E4M3 with a scale for every 128 values of a row, so in half the
+    """The same with the first tensor, rows [R, D], packed: E4M3 with a scale for every 128 values of a row, in half the
     bytes of BF16. The way back and gradients are not quantised (report, section 3.3.3)."""
 
     def send(self, *tensors: Tensor) -> "_RowsInFlight":  # type: ignore[override]
         """Launches the transfer; the rows arrive rounded, in their dtype."""
         rows, *others = tensors
-        return _RowsInFlight(super().send(*encode_rows(rows), *others), rows)
+        return _RowsInFlight(super().send(encode_rows(rows), *others), rows)
 
 
 class TensorsInFlight:
@@ -67,11 +67,11 @@ class TensorsInFlight:
 
 
 class _RowsInFlight:
-    """Quantised rows under way."""
+    """Packed rows under way, before other tensors."""
 
     def __init__(self, flight: TensorsInFlight, like: Tensor) -> None:
         self._flight, self._width, self._dtype = flight, like.shape[1], like.dtype
 
     def wait(self) -> tuple[Tensor, ...]:
-        codes, scales, *others = self._flight.wait()
-        return decode_rows(codes, scales, self._width, self._dtype), *others
+        packed, *others = self._flight.wait()
+        return decode_rows(packed, self._width, self._dtype), *others

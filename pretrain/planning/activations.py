@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from model.config import ModelConfig
-from model.packing import GROUP
+from model.packing import packed_width
 from model.transformer import LOSS_CHUNK
 from parallel.config import ParallelConfig
 from parallel.schedule import Kind, Step, actions_of
@@ -176,7 +176,7 @@ class Activations:
     def _gate_up(self, inner: int) -> int:
         if not self.parallel.fp8_swiglu:
             return 2 * self.num_bytes * inner
-        return -(-2 * inner // GROUP) * (GROUP + _FP32)
+        return packed_width(2 * inner)
 
     def _routing(self) -> int:
         """Logits or affinities of all experts; weights and permutations of the chosen."""

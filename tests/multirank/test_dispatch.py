@@ -62,7 +62,7 @@ def travel(rank: int, node_size: int, max_rows: int, fp8: bool, skew: bool) -> d
     out.grad = torch.ones_like(out)
     run_to_end(tape.backward())
     factors = (weights * (chosen + 1)).sum(1, keepdim=True).detach()
-    seen = decode_rows(*encode_rows(x.detach()), WIDTH) if fp8 else x.detach()
+    seen = decode_rows(encode_rows(x.detach()), WIDTH) if fp8 else x.detach()
     torch.testing.assert_close(out.detach(), seen * factors)
     torch.testing.assert_close(x.grad, factors.expand_as(x))
     assert len(counted) == 1, "the backward pass counts again"
