@@ -9,9 +9,9 @@ No token is dropped. If routing is skewed, one rank may get the rows of all othe
 at its experts at once, the last hop and the experts' work are done in as many rounds as it takes, each recomputed in
 the backward pass, so that the bound holds there too.
 
-The rows of a hop are in order of round, destination and token. Counts are exchanged once a hop, before rows. Unless
-there is a bound, they are the one thing that the host waits for: `announce` launches this, so that a GPU has other work
-until they are there.
+The rows of a hop are in order of round, destination and token, those that stay here first. Counts are exchanged once a
+hop, before rows. Unless there is a bound, they are the one thing that the host waits for: `announce` launches this, so
+that a GPU has other work until they are there.
 """
 
 from collections.abc import Callable, Sequence
@@ -111,6 +111,7 @@ class Dispatcher:
         self._clock = clock
         self._group = group
         self._stream: torch.cuda.Stream | None = None
+        self._turns: dict[Hop, Tensor] = {}
         self._max_rows = max_rows
         self._exchange = Fp8AllToAll if fp8 else AllToAll
 
@@ -230,14 +231,24 @@ class Dispatcher:
         with self._clock.phase("all_to_all"):
             counts = announced.wait()
         place = dist.get_rank(hop.group)
+        turn = [place, *(member for member in range(len(counts.rows)) if member != place)]
         sizes = _sizes_of_rounds(counts.rows, self._count_rounds(counts, announced, bound) if bound else 1)
-        copies, members = _order(announced.goes, sizes[:, place], routed.experts.shape[1])
+        leaving, arriving = sizes[:, place, turn], sizes[:, turn, place]
+        on_device = self._on_device(hop, turn, announced.goes.device)
+        copies, members = _order(announced.goes, leaving, on_device, routed.experts.shape[1])
         exchanges = [
-            self._exchange(hop.group, size[place].tolist(), size[:, place].tolist(), self._clock) for size in sizes
+            self._exchange(hop.group, *pair, self._clock)
+            for pair in zip(leaving.tolist(), arriving.tolist(), strict=True)
         ]
         num_arriving, num_choices = (int(count[:, place].sum()) for count in counts)
-        way = _Way(copies, tuple(sizes[:, place].sum(1).tolist()), num_arriving, num_choices, tuple(exchanges))
+        way = _Way(copies, tuple(leaving.sum(1).tolist()), num_arriving, num_choices, tuple(exchanges))
         return way, _pack(routed, copies, members, hop)
+
+    def _on_device(self, hop: Hop, turn: list[int], device: torch.device) -> Tensor:
+        """The members of a hop in the order of their rows, which is the same every time."""
+        if hop not in self._turns:
+            self._turns[hop] = torch.tensor(turn, device=device)
+        return self._turns[hop]
 
 
 def make_dispatcher(mesh: Mesh, num_experts: int, *, max_rows: int, fp8: bool, clock: Clock) -> Dispatcher:
@@ -259,10 +270,12 @@ def _sizes_of_rounds(counts: Tensor, num_rounds: int) -> Tensor:
     return edges.diff(dim=0)
 
 
-def _order(goes: Tensor, sizes: Tensor, num_choices: int) -> tuple[Copies, Tensor]:
+def _order(goes: Tensor, sizes: Tensor, turn: Tensor, num_choices: int) -> tuple[Copies, Tensor]:
     """The copies that `goes` [T, members] asks for, in order of round, member and token, when `sizes`
-    [rounds, members], known to the host, of them go in each round; and the member that each row goes to."""
+    [rounds, members], known to the host, of them go in each round; and the member that each row goes to. The order of
+    members, and of their sizes, is `turn` [members]."""
     members, num_rows = goes.shape[1], int(sizes.sum())
+    goes = goes.index_select(1, turn)
     if goes.device.type == "cuda":
         # From pinned memory the host does not wait for the copy.
         sizes = sizes.contiguous().pin_memory().to(goes.device, non_blocking=True)
@@ -275,8 +288,7 @@ def _order(goes: Tensor, sizes: Tensor, num_choices: int) -> tuple[Copies, Tenso
     slots = torch.where(goes, places, num_rows)
     if members > num_choices:
         slots = slots.sort(1).values[:, :num_choices].contiguous()  # without the rest of what was sorted
-    in_order = torch.arange(members, device=goes.device).repeat(len(sizes))
-    members_of_rows = in_order.repeat_interleave(sizes.flatten(), output_size=num_rows)
+    members_of_rows = turn.repeat(len(sizes)).repeat_interleave(sizes.flatten(), output_size=num_rows)
     return find_copies(slots, num_rows, complete=num_rows == slots.numel()), members_of_rows
 
 

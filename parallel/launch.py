@@ -87,8 +87,8 @@ def keep_compiled_kernels() -> None:
     """Lets QuACK and FlashAttention 4 find on disk what they compiled before, which takes them half a minute. By
     default they keep it below the folder for temporary files, where others can write, or not at all."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eva"
-    os.environ.setdefault("QUACK_CACHE_DIR", str(folder / "quack"))
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(folder / "flash_attention"))
+    os.environ.setdefault("QUACK_CACHE_DIR", str(folder / "experts"))
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(folder / "attention"))
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
 
 

@@ -76,6 +76,35 @@ def distinct(ranks: list[dict[str, Any]], experts_each: int) -> int:
     return sum(len({*row}) for rank in ranks for row in (rank["chosen"] // experts_each).tolist())
 
 
+def exchange(rank: int) -> None:
+    """Rank r sends r + m rows to member m, all with the values (r, m)."""
+    travelled: list[list[int]] = []
+    all_to_all = dist.all_to_all_single
+
+    def watched(out: Tensor, sent: Tensor, arriving: list[int], leaving: list[int], **how: Any) -> Any:
+        travelled.append(leaving)
+        return all_to_all(out, sent, arriving, leaving, **how)
+
+    dist.all_to_all_single = watched
+    turn = [rank, *(member for member in range(WORLD) if member != rank)]
+    counts = [rank + member for member in turn]
+    assert dist.group.WORLD is not None
+    way = AllToAll(dist.group.WORLD, counts, counts, Clock(torch.device("cpu")))
+
+    def rows(pairs: list[tuple[int, int]]) -> Tensor:
+        return torch.tensor([pair for pair in pairs for _ in range(sum(pair))]).view(-1, 2)
+
+    (arrived,) = way.send(rows([(rank, member) for member in turn])).wait()
+    assert torch.equal(arrived, rows([(member, rank) for member in turn]))
+    (back,) = way.send_gradients(arrived).wait()
+    assert torch.equal(back, rows([(rank, member) for member in turn]))
+    assert all(leaving[rank] == 0 for leaving in travelled)
+
+
+def test_own_rows_are_first_and_do_not_travel(tmp_path: Path) -> None:
+    run_ranks(WORLD, exchange, folder=tmp_path)
+
+
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("skew", [False, True])
 def test_a_token_is_one_row_on_each_rank(tmp_path: Path, skew: bool, fp8: bool) -> None:
