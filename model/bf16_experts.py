@@ -102,10 +102,10 @@ def can_fuse(x: Tensor, copies: Copies, gate_up_proj: Tensor) -> bool:
     return x.is_cuda and x.dtype == gate_up_proj.dtype == torch.bfloat16 and len(copies.choices) > 0
 
 
-def products_for(hidden: int, inner: int) -> Products:
-    """Those that experts of such sizes are computed with on this GPU."""
+def products_for(hidden: int, inner: int, *, beside: bool = False) -> Products:
+    """Those that experts of such sizes are computed with on this GPU, which other kernels run `beside` or not."""
     fits = inner % quack.MULTIPLE == hidden % quack.MULTIPLE == 0
-    return quack.Quack() if fits and quack.is_installed() else Plain()
+    return quack.Quack(beside=beside) if fits and quack.is_installed() else Plain()
 
 
 def fused_experts(
@@ -140,12 +140,14 @@ class _FusedExperts(torch.autograd.Function):
     ) -> Tensor:
         from model.kernels.permute import sum_rows
 
-        products = products_for(*down_proj.shape[1:])
+        # Where choices are missing, rows came from other ranks, and more are on their way meanwhile.
+        products = products_for(*down_proj.shape[1:], beside=not copies.complete)
         rows = products.rows(copies, counts)
         gate_up, inner = products.gate_up(x, gate_up_proj, rows)
         results = products.down(inner, down_proj, rows)
         ctx.save_for_backward(x, weights, encode_rows(gate_up) if packs else gate_up)
         ctx.matrices, ctx.rows, ctx.copies, ctx.later = (gate_up_proj, down_proj), rows, copies, later
+        ctx.products = products
         return sum_rows(results, copies.slots, (), weights=weights, num_rows=len(copies.choices))
 
     @staticmethod
@@ -154,7 +156,7 @@ class _FusedExperts(torch.autograd.Function):
 
         x, weights, kept = ctx.saved_tensors
         (first, second), rows, copies = ctx.matrices, ctx.rows, ctx.copies
-        products, grad = products_for(*second.shape[1:]), grad.contiguous()
+        products, grad = ctx.products, grad.contiguous()
         row_weights = pick(weights, copies)
         gate_up = restore_rows(kept, first.shape[1], x.dtype)
         grad_gate_up, inner, grad_weights = products.down_backward(grad, second, gate_up, row_weights, rows)

@@ -1,7 +1,11 @@
 """Grouped products in bf16 by QuACK, whose kernels gather rows and compute SwiGLU and its gradient in the products.
 
-What a kernel is built for includes the number of rows. Where it changes from step to step, it is rounded up to a
-multiple of `ROWS`, so that there are few; rows past the last expert's are nobody's.
+How a product is launched is worked out anew for every number of rows. Where that changes from step to step, it is
+rounded up to a multiple of `ROWS`, so that there are few; rows past the last expert's are nobody's.
+
+Each of these kernels has as many blocks as the GPU holds, and its tiles are dealt to them. Dealt out beforehand, tiles
+wait for blocks that find no room while an all-to-all runs, and a product takes up to twice as long. So where other
+kernels run beside, a block takes its next tile when it is done with one.
 """
 
 from functools import lru_cache
@@ -28,10 +32,10 @@ def _load() -> Any:
     from quack.gemm_config import GemmConfig
     from quack.gemm_interface import gemm_dgated, gemm_gated
 
-    def tile(rows: int, columns: int, *, pingpong: bool) -> Any:
-        return GemmConfig(
-            tile_m=rows, tile_n=columns, cluster_m=2, cluster_n=1, pingpong=pingpong, is_dynamic_persistent=False
-        )
+    def tile(rows: int, columns: int, *, pingpong: bool) -> dict[bool, Any]:
+        """By whether blocks take tiles when they are done with others."""
+        sizes = {"tile_m": rows, "tile_n": columns, "cluster_m": 2, "cluster_n": 1}
+        return {takes: GemmConfig(**sizes, pingpong=pingpong, is_dynamic_persistent=takes) for takes in (False, True)}
 
     return SimpleNamespace(
         multiply=gemm,
@@ -64,9 +68,12 @@ class Rows(NamedTuple):
 
 
 class Quack:
-    """The products of experts. gate_up has gates and ups in turns here."""
+    """The products of experts, which other kernels run `beside` or not. gate_up has gates and ups in turns here."""
 
     name = "QuACK"
+
+    def __init__(self, *, beside: bool) -> None:
+        self._takes = beside
 
     def rows(self, copies: Copies, counts: Tensor) -> Rows:
         """Copies ordered by expert, of which each has `counts` [E]."""
@@ -82,14 +89,15 @@ class Quack:
             cu_seqlens_m=rows.ends,
             A_idx=rows.tokens,
             concat_layout=("B",),
-            config=kernels.gated,
+            dynamic_scheduler=self._takes,
+            config=kernels.gated[self._takes],
             tuned=False,
         )
         return gate_up, inner
 
     def down(self, inner: Tensor, matrices: Tensor, rows: Rows) -> Tensor:
         """Results [R, D] by matrices [E, D, I]."""
-        return _multiply_rows(inner, matrices, rows)
+        return self._multiply_rows(inner, matrices, rows)
 
     def down_backward(
         self, grad: Tensor, matrices: Tensor, gate_up: Tensor, weights: Tensor, rows: Rows
@@ -106,67 +114,75 @@ class Quack:
             colvec_reduce=True,
             cu_seqlens_m=rows.ends,
             A_idx=rows.tokens,
-            dynamic_scheduler=False,
-            config=kernels.gated_backward,
+            dynamic_scheduler=self._takes,
+            config=kernels.gated_backward[self._takes],
             tuned=False,
         )
         return grad_gate_up, inner, grad_weights[: len(weights)]
 
     def gate_up_backward(self, grad_gate_up: Tensor, matrices: Tensor, rows: Rows) -> Tensor:
         """Gradients of rows [R, D] by matrices [E, 2I, D]."""
-        return _multiply_rows(grad_gate_up, matrices.mT, rows, concat_layout=("B",))
+        return self._multiply_rows(grad_gate_up, matrices.mT, rows, concat_layout=("B",))
 
     def add_gate_up_gradient(
         self, total: Tensor, grad_gate_up: Tensor, x: Tensor, rows: Rows, *, is_first: bool
     ) -> None:
         """Adds to total [E, 2I, D], or puts there, the sums over each expert's rows of grad_gate_up xᵀ."""
         tile = _load().wide_gradient
-        _add_products(total.mT, x, grad_gate_up, rows, tile, is_first=is_first, concat_layout=("out",))
+        self._add_products(total.mT, x, grad_gate_up, rows, tile, is_first=is_first, concat_layout=("out",))
 
     def add_down_gradient(self, total: Tensor, grad: Tensor, inner: Tensor, rows: Rows, *, is_first: bool) -> None:
         """Adds to total [E, D, I], or puts there, the sums over each expert's rows of grad innerᵀ."""
-        _add_products(total, grad, inner, rows, _load().narrow_gradient, is_first=is_first)
+        self._add_products(total, grad, inner, rows, _load().narrow_gradient, is_first=is_first)
+
+    def _multiply_rows(self, rows_in: Tensor, matrices: Tensor, rows: Rows, **options: Any) -> Tensor:
+        """Rows [R, in] by the matrices [E, out, in] of their experts."""
+        out = rows_in.new_empty(len(rows_in), matrices.shape[1])
+        self._multiply(rows_in, matrices, out, _load().plain, cu_seqlens_m=rows.ends, **options)
+        return out
+
+    def _add_products(
+        self,
+        total: Tensor,
+        of_tokens: Tensor,
+        of_rows: Tensor,
+        rows: Rows,
+        tiles: dict[bool, Any],
+        *,
+        is_first: bool,
+        **options: Any,
+    ) -> None:
+        """Adds to total [E, M, N] the products of [T, M], gathered, and [R, N] over the rows of each expert."""
+        self._multiply(
+            of_tokens.t(),
+            of_rows.t(),
+            total,
+            tiles,
+            cu_seqlens_k=rows.ends,
+            A_idx=rows.tokens,
+            add_to_output=not is_first,
+            **options,
+        )
+
+    def _multiply(self, a: Tensor, b: Tensor, out: Tensor, tiles: dict[bool, Any], **options: Any) -> None:
+        """a bᵀ of every expert."""
+        tile = tiles[self._takes]
+        taken = torch.zeros(1, dtype=torch.int32, device=out.device) if self._takes else None
+        _load().multiply(
+            a,
+            b,
+            out,
+            None,
+            taken,
+            tile.tile_m,
+            tile.tile_n,
+            tile.cluster_m,
+            tile.cluster_n,
+            pingpong=tile.pingpong,
+            is_dynamic_persistent=self._takes,
+            **options,
+        )
 
 
 def _fill_up(values: Tensor) -> Tensor:
     return F.pad(values, (0, -len(values) % ROWS))
-
-
-def _multiply_rows(rows_in: Tensor, matrices: Tensor, rows: Rows, **options: Any) -> Tensor:
-    """Rows [R, in] by the matrices [E, out, in] of their experts."""
-    out = rows_in.new_empty(len(rows_in), matrices.shape[1])
-    _multiply(rows_in, matrices, out, _load().plain, cu_seqlens_m=rows.ends, **options)
-    return out
-
-
-def _add_products(
-    total: Tensor, of_tokens: Tensor, of_rows: Tensor, rows: Rows, tile: Any, *, is_first: bool, **options: Any
-) -> None:
-    """Adds to total [E, M, N] the products of [T, M], gathered, and [R, N] over the rows of each expert."""
-    _multiply(
-        of_tokens.t(),
-        of_rows.t(),
-        total,
-        tile,
-        cu_seqlens_k=rows.ends,
-        A_idx=rows.tokens,
-        add_to_output=not is_first,
-        **options,
-    )
-
-
-def _multiply(a: Tensor, b: Tensor, out: Tensor, tile: Any, **options: Any) -> None:
-    """a bᵀ of every expert."""
-    _load().multiply(
-        a,
-        b,
-        out,
-        None,
-        None,
-        tile.tile_m,
-        tile.tile_n,
-        tile.cluster_m,
-        tile.cluster_n,
-        pingpong=tile.pingpong,
-        **options,
-    )
