@@ -6,7 +6,8 @@ scales are broken, which has to fail. All products are in FP8 that can be, route
     python benchmarks/fp8_loss.py --data runs/data --out runs/fp8-tiny --config configs/tiny.toml --batch 8 \\
         --learning-rate 4e-3 --steps 200 --planted-steps 100 --limit 2                     # a rehearsal on a CPU
 
-All runs have the same initial weights and see the same samples. The timeline is that of a whole training, made short:
+All runs have the same initial weights and see the same samples, no sample twice with 25M tokens. The highest learning
+rate is that of configs/small.toml times the root of the ratio of batches. The timeline is that of a whole training, made short:
 the learning rate rises over a fifth of the steps, stays until half of them, and falls along a cosine to a tenth at the
 end, so that the last fifth, over which the gap is taken, is where a run would stop. The broken runs are as long as
 `--planted-steps` and keep that timeline; healthy FP8 after as many steps is shown beside them.
@@ -98,8 +99,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--config", default=str(ROOT / "configs" / "small.toml"))
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--planted-steps", type=int, default=250)
-    parser.add_argument("--batch", type=int, default=4, help="sequences a step, in one micro-batch")
-    parser.add_argument("--learning-rate", type=float, default=5e-4, help="the highest")
+    parser.add_argument("--batch", type=int, default=6, help="sequences a step, in one micro-batch")
+    parser.add_argument("--learning-rate", type=float, default=2.6e-4, help="the highest")
     parser.add_argument("--limit", type=float, default=0.25, help="percent")
     parser.add_argument("--side-by-side", action="store_true", help="train all at once, each on a GPU of its own")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="more for all runs")
