@@ -23,9 +23,10 @@ from torch import Tensor
 from torch import distributed as dist
 
 from model.experts import RoutedRows
-from model.permute import Copies, collect, find_copies, spread
+from model.permute import Copies, collect
 from parallel.clock import Clock
 from parallel.mesh import Mesh
+from parallel.rows import Leaving, Members, count_leaving, pack_leaving
 from parallel.tape import Steps, Tape
 from parallel.transfer import AllToAll, Fp8AllToAll
 
@@ -40,6 +41,11 @@ class Hop:
 
     group: dist.ProcessGroup
     num_experts: int
+
+    @property
+    def members(self) -> Members:
+        """These, for what needs no group."""
+        return Members(dist.get_world_size(self.group), self.num_experts, dist.get_rank(self.group))
 
 
 @dataclass(frozen=True)
@@ -62,17 +68,15 @@ class Counts(NamedTuple):
 
 
 class Announcement:
-    """Counts on their way to the host. `goes` [T, members] says which members the tokens here go to. What is sent and
-    received lives until the host has it, as two streams use it."""
+    """Counts of what is `leaving`, on their way to the host. What is sent and received lives until the host has it, as
+    two streams use it."""
 
-    def __init__(self, experts: Tensor, hop: Hop, stream: torch.cuda.Stream | None) -> None:
-        chosen, num_members = _destinations(experts, hop), dist.get_world_size(hop.group)
-        none = chosen.new_zeros(num_members + 1)
-        self.goes = none.expand(len(chosen), -1).bool().scatter(1, chosen, True)[:, :num_members]
-        choices = none.scatter_add(0, chosen.flatten(), torch.ones_like(chosen).flatten())[:num_members]
-        self._leaving = torch.stack((self.goes.sum(0), choices))
-        self._gathered = [torch.empty_like(self._leaving) for _ in range(num_members)]
-        self._work = dist.all_gather(self._gathered, self._leaving, group=hop.group, async_op=True)
+    def __init__(self, leaving: Leaving, group: dist.ProcessGroup, stream: torch.cuda.Stream | None) -> None:
+        self.leaving = leaving
+        # All counts to each: gathering them would make a copy for every member.
+        self._sent = leaving.counts.repeat(leaving.members.number, 1, 1)
+        self._gathered = torch.empty_like(self._sent)
+        self._work = dist.all_to_all_single(self._gathered, self._sent, group=group, async_op=True)
         self._copied: torch.cuda.Event | None = None
         if stream is not None:
             # Another stream waits for it, in which nothing else is queued.
@@ -86,7 +90,7 @@ class Announcement:
     def _arrived(self) -> Tensor:
         """[from, rows or choices, to] on the device, for the current stream, which waits for it."""
         self._work.wait()
-        return torch.stack(self._gathered)
+        return self._gathered
 
     def wait(self) -> Counts:
         """The counts on the host."""
@@ -111,7 +115,6 @@ class Dispatcher:
         self._clock = clock
         self._group = group
         self._stream: torch.cuda.Stream | None = None
-        self._turns: dict[Hop, Tensor] = {}
         self._max_rows = max_rows
         self._exchange = Fp8AllToAll if fp8 else AllToAll
 
@@ -128,7 +131,7 @@ class Dispatcher:
     def _announce(self, hop: Hop, experts: Tensor) -> Announcement:
         if experts.device.type == "cuda" and self._stream is None:
             self._stream = torch.cuda.Stream(experts.device)
-        return Announcement(experts, hop, self._stream)
+        return Announcement(count_leaving(experts, hop.members), hop.group, self._stream)
 
     def run(
         self,
@@ -230,25 +233,18 @@ class Dispatcher:
         """Finds out what goes where, in how many rounds, and copies it into the order of sending."""
         with self._clock.phase("all_to_all"):
             counts = announced.wait()
-        place = dist.get_rank(hop.group)
-        turn = [place, *(member for member in range(len(counts.rows)) if member != place)]
+        members = announced.leaving.members
+        place = members.place
         sizes = _sizes_of_rounds(counts.rows, self._count_rounds(counts, announced, bound) if bound else 1)
-        leaving, arriving = sizes[:, place, turn], sizes[:, turn, place]
-        on_device = self._on_device(hop, turn, announced.goes.device)
-        copies, members = _order(announced.goes, leaving, on_device, routed.experts.shape[1])
+        leaving, arriving = (members.in_turn(each, 1) for each in (sizes[:, place], sizes[:, :, place]))
+        copies, packed = pack_leaving(announced.leaving, routed.rows, routed.weights, leaving)
         exchanges = [
             self._exchange(hop.group, *pair, self._clock)
             for pair in zip(leaving.tolist(), arriving.tolist(), strict=True)
         ]
         num_arriving, num_choices = (int(count[:, place].sum()) for count in counts)
         way = _Way(copies, tuple(leaving.sum(1).tolist()), num_arriving, num_choices, tuple(exchanges))
-        return way, _pack(routed, copies, members, hop)
-
-    def _on_device(self, hop: Hop, turn: list[int], device: torch.device) -> Tensor:
-        """The members of a hop in the order of their rows, which is the same every time."""
-        if hop not in self._turns:
-            self._turns[hop] = torch.tensor(turn, device=device)
-        return self._turns[hop]
+        return way, packed
 
 
 def make_dispatcher(mesh: Mesh, num_experts: int, *, max_rows: int, fp8: bool, clock: Clock) -> Dispatcher:
@@ -259,43 +255,7 @@ def make_dispatcher(mesh: Mesh, num_experts: int, *, max_rows: int, fp8: bool, c
     return Dispatcher(hops, group=mesh.expert, max_rows=max_rows, fp8=fp8, clock=clock)
 
 
-def _destinations(experts: Tensor, hop: Hop) -> Tensor:
-    """The members that have the experts of choices [T, K], of a choice of none their number."""
-    return torch.where(experts < 0, dist.get_world_size(hop.group), experts // hop.num_experts)
-
-
 def _sizes_of_rounds(counts: Tensor, num_rounds: int) -> Tensor:
     """Divides each of the counts [from, to] evenly: [num_rounds, from, to]."""
     edges = -(-torch.arange(num_rounds + 1)[:, None, None] * counts // num_rounds)
     return edges.diff(dim=0)
-
-
-def _order(goes: Tensor, sizes: Tensor, turn: Tensor, num_choices: int) -> tuple[Copies, Tensor]:
-    """The copies that `goes` [T, members] asks for, in order of round, member and token, when `sizes`
-    [rounds, members], known to the host, of them go in each round; and the member that each row goes to. The order of
-    members, and of their sizes, is `turn` [members]."""
-    members, num_rows = goes.shape[1], int(sizes.sum())
-    goes = goes.index_select(1, turn)
-    if goes.device.type == "cuda":
-        # From pinned memory the host does not wait for the copy.
-        sizes = sizes.contiguous().pin_memory().to(goes.device, non_blocking=True)
-    number = goes.long().cumsum(0) - 1
-    ends = sizes.cumsum(0)
-    rounds = (number.unsqueeze(0) >= ends.unsqueeze(1)).sum(0).clamp(max=len(sizes) - 1)
-    # Where a (round, member) begins among all rows, less the rows that its member got in earlier rounds.
-    begins = (sizes.flatten().cumsum(0) - sizes.flatten()).view_as(sizes) - (ends - sizes)
-    places = number + begins.gather(0, rounds)
-    slots = torch.where(goes, places, num_rows)
-    if members > num_choices:
-        slots = slots.sort(1).values[:, :num_choices].contiguous()  # without the rest of what was sorted
-    members_of_rows = turn.repeat(len(sizes)).repeat_interleave(sizes.flatten(), output_size=num_rows)
-    return find_copies(slots, num_rows, complete=num_rows == slots.numel()), members_of_rows
-
-
-def _pack(routed: RoutedRows, copies: Copies, members: Tensor, hop: Hop) -> RoutedRows:
-    """The rows to send. Of a token's choices, each copy has those that are for its destination, counted from the first
-    expert there."""
-    experts = routed.experts[copies.tokens] - (members * hop.num_experts).unsqueeze(1)
-    is_there = (experts >= 0) & (experts < hop.num_experts)
-    weights = torch.where(is_there, spread(routed.weights, copies), 0.0)
-    return RoutedRows(spread(routed.rows, copies), torch.where(is_there, experts, -1), weights, complete=False)

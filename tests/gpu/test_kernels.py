@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from dispatch_cases import KINDS, check_rows
 from kernel_cases import (
     check_fp8_rows,
     check_keys,
@@ -14,6 +15,8 @@ from kernel_cases import (
     check_swiglu,
 )
 from torch import Tensor
+
+from parallel.rows import Members
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -86,3 +89,20 @@ def test_keys(batch: int, length: int, num_heads: int, heads_first: bool, dtype:
 @pytest.mark.parametrize(("num_rows", "width"), [(8192, 2048), (1000, 7168), (333, 1000), (0, 64)])
 def test_fp8_rows(num_rows: int, width: int, dtype: torch.dtype) -> None:
     twice(lambda: check_fp8_rows(num_rows, width, dtype))
+
+
+@DTYPES
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("num_tokens", "num_choices", "members", "size"),
+    [
+        (8192, 6, Members(4, 16, 2), 2048),
+        (5000, 8, Members(64, 4, 63), 7168),
+        (333, 8, Members(3, 3, 0), 1000),
+        (0, 2, Members(2, 4, 1), 64),
+    ],
+)
+def test_rows_that_leave(
+    num_tokens: int, num_choices: int, members: Members, size: int, kind: str, dtype: torch.dtype
+) -> None:
+    twice(lambda: check_rows(kind, num_tokens, num_choices, members, size, dtype))
