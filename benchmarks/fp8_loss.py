@@ -7,10 +7,10 @@ scales are broken, which has to fail. All products are in FP8 that can be, route
         --learning-rate 4e-3 --steps 200 --planted-steps 100 --limit 2                     # a rehearsal on a CPU
 
 All runs have the same initial weights and see the same samples, no sample twice with 25M tokens. The highest learning
-rate is that of configs/small.toml times the root of the ratio of batches. The timeline is that of a whole training, made short:
-the learning rate rises over a fifth of the steps, stays until half of them, and falls along a cosine to a tenth at the
-end, so that the last fifth, over which the gap is taken, is where a run would stop. The broken runs are as long as
-`--planted-steps` and keep that timeline; healthy FP8 after as many steps is shown beside them.
+rate is that of configs/small.toml times the root of the ratio of batches. The timeline is that of a whole training,
+made short: the learning rate rises over a fifth of the steps, stays until half of them, and falls along a cosine to a
+tenth at the end, so that the last fifth, over which the gap is taken, is where a run would stop. The broken runs are as
+long as `--planted-steps` and keep that timeline; healthy FP8 after as many steps is shown beside them.
 
 The planted fault: every 1 × 128 tile of activations and gradients in linear layers is taken back with the factor of the
 tile before it, which is what an index that is off by one would do.

@@ -201,9 +201,18 @@ class Mirror(TorchDispatchMode):
             return
         with _disable_current_modes():
             value = self._values[given]
-            own = value.split(leaving)[group.rank()] if leaving else value.chunk(group.size())[group.rank()]
-            arrived = torch.cat([own] * group.size())
-        self.tell(out, arrived)
+            if leaving:
+                # This rank's own rows lie before what is sent, and are as many as each of the others sends here.
+                own = max(arriving)
+                before = value.storage_offset() - own * value.stride(0)
+                parts = [value.as_strided((own, *value.shape[1:]), value.stride(), before)] * (group.size() - 1)
+            else:
+                parts = [value.chunk(group.size())[group.rank()]] * group.size()
+            if out in self._values:
+                # In place: it may be part of a tensor whose values are known with it.
+                self._values[out].copy_(torch.cat(parts))
+            else:
+                self._values[out] = torch.cat(parts)
 
 
 def _group(boxed: Any) -> dist.ProcessGroup:
