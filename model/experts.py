@@ -6,14 +6,18 @@ dropped and no capacity is set.
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model import bf16_experts, fp8_experts
+from model import quack
+from model.bf16_experts import Plain
 from model.config import ModelConfig
+from model.fp8 import Fp8Config
+from model.fp8_experts import TILE, BlockFp8
+from model.fused_experts import Products, fused_experts
 from model.linear import Linear, WeightGradients, grouped_linear
 from model.packing import decode_rows, encode_rows, restore_rows
 from model.permute import Copies, collect, pick, spread
@@ -45,6 +49,19 @@ class SwiGLU(nn.Module):
         return self.down_proj(_activate(self._execution, self.gate_up_proj(x)))
 
 
+def fused_in(
+    config: ModelConfig, dtype: torch.dtype, fp8: Fp8Config, *, watched: bool
+) -> Literal["bf16", "fp8"] | None:
+    """What routed experts on rows of a `dtype` are computed in by one function on a GPU; None if by one operation at a
+    time. The monitor, if they are `watched` by it, is shown whole operands, which such a function has none of."""
+    hidden, inner = config.hidden_size, config.moe_intermediate_size
+    if dtype != torch.bfloat16:
+        return None
+    if not (fp8.takes("experts", hidden, 2 * inner) and fp8.takes("experts", inner, hidden)):
+        return "bf16"
+    return "fp8" if fp8.recipe == "block" and hidden % TILE == inner % TILE == 0 and not watched else None
+
+
 class RoutedExperts(nn.Module):
     """SwiGLU experts with stacked weights: `gate_up_proj` [E, 2I, D] and `down_proj` [E, D, I], for the E experts that
     live here."""
@@ -56,7 +73,7 @@ class RoutedExperts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden, inner))
         self.gate_up_quantizer = execution.fp8.quantizer("experts", hidden, 2 * inner, num_experts=num_experts)
         self.down_quantizer = execution.fp8.quantizer("experts", inner, hidden, num_experts=num_experts)
-        self._execution = execution
+        self._config, self._execution = config, execution
 
     def forward(self, routed: RoutedRows, *, defers: bool = True) -> Tensor:
         """The weighted sum of each row's experts, [R, D], added up in fp32. As W_down is linear, weights may come
@@ -64,18 +81,28 @@ class RoutedExperts(nn.Module):
         execution, x, weights = self._execution, routed.rows, routed.weights
         later = execution.weight_gradients if defers else WeightGradients()
         copies, counts = sort_by_expert(routed, len(self.gate_up_proj))
-        matrices, (first, second) = (self.gate_up_proj, self.down_proj), (self.gate_up_quantizer, self.down_quantizer)
-        packs = execution.packs_swiglu
-        if first is None or second is None:
-            if bf16_experts.can_fuse(x, copies, self.gate_up_proj):
-                return bf16_experts.fused_experts(x, weights, matrices, copies, counts, later, packs=packs)
-        elif fp8_experts.can_fuse(x, self.gate_up_proj, first):
-            pair = first, second
-            return fp8_experts.fused_experts(x, weights, matrices, pair, copies, counts, later, packs=packs)
+        if products := self._products(x, copies, counts):
+            matrices, packs = (self.gate_up_proj, self.down_proj), execution.packs_swiglu
+            return fused_experts(x, weights, matrices, products, copies, later, packs=packs)
         rows = execution.recompute.again("expert_rows", partial(spread, copies=copies), x)
-        gate_up = grouped_linear(rows, self.gate_up_proj, counts, later, first)
+        gate_up = grouped_linear(rows, self.gate_up_proj, counts, later, self.gate_up_quantizer)
         inner = _activate(execution, gate_up, pick(weights, copies))
-        return collect(grouped_linear(inner, self.down_proj, counts, later, second), copies)
+        return collect(grouped_linear(inner, self.down_proj, counts, later, self.down_quantizer), copies)
+
+    def _products(self, x: Tensor, copies: Copies, counts: Tensor) -> Products | None:
+        """Those of one function for all of it, if there is one for rows such as x [R, D] here."""
+        fp8, first, second = self._execution.fp8, self.gate_up_quantizer, self.down_quantizer
+        path = fused_in(self._config, x.dtype, fp8.config, watched=fp8.monitor.active) if x.is_cuda else None
+        if path == "fp8":
+            assert first is not None
+            assert second is not None
+            return BlockFp8(copies, counts, (first, second))
+        if path is None or not len(copies.choices):
+            return None
+        if quack.multiplies(self._config.hidden_size, self._config.moe_intermediate_size):
+            # Where choices are missing, rows came from other ranks, and more are on their way meanwhile.
+            return quack.Quack(copies, counts, beside=not copies.complete)
+        return Plain(copies, counts)
 
 
 def sort_by_expert(routed: RoutedRows, num_experts: int) -> tuple[Copies, Tensor]:

@@ -8,7 +8,7 @@ once. Products in FP8 (`model.fp8`) keep their inputs as they are and round them
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 Work = Callable[[], None]
 
 
+class AddProduct(Protocol):
+    """Adds a product to a total of its shape, or puts it there if it `is_first`."""
+
+    def __call__(self, total: Tensor, /, *, is_first: bool) -> None: ...
+
+
 class WeightGradients:
     """The weight gradients that one rank has yet to compute; a value that its layers share."""
 
@@ -31,9 +37,12 @@ class WeightGradients:
         self.deferring = False
         self._work: list[Work] = []
 
-    def defer(self, weight: nn.Parameter, compute: Callable[[], Tensor | None]) -> None:
-        """Keeps the computation of a gradient of `weight` for later."""
+    def gradient(self, weight: nn.Parameter, compute: Callable[[], Tensor | None]) -> Tensor | None:
+        """What autograd gets for `weight`: what `compute` gives; or None, when that is kept for later."""
+        if not self.deferring:
+            return compute()
         self._work.append(partial(_run, weight, compute))
+        return None
 
     def take(self) -> list[Work]:
         """The work kept so far, which is the caller's to run, in order."""
@@ -41,16 +50,23 @@ class WeightGradients:
         return work
 
 
+def has_sum(weight: Tensor) -> bool:
+    """Whether gradients of a weight are added up in an fp32 sum, its `main_grad`."""
+    return getattr(weight, "main_grad", None) is not None
+
+
+def add_to_sum(weight: Tensor, add: AddProduct) -> None:
+    """Adds to the fp32 sum of a weight. A sum `main_grad_is_old` is that of the step before, whose place the first
+    gradient takes."""
+    marked: Any = weight
+    add(marked.main_grad, is_first=getattr(weight, "main_grad_is_old", False))
+    marked.main_grad_is_old = False
+
+
 def add_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
-    """Adds to a parameter's gradient where autograd does not: to its fp32 sum `main_grad` if it has one. A sum
-    `main_grad_is_old` is that of the step before, whose place the first gradient takes."""
-    marked: Any = parameter
-    if getattr(parameter, "main_grad", None) is not None:
-        if getattr(parameter, "main_grad_is_old", False):
-            marked.main_grad.copy_(gradient)
-            marked.main_grad_is_old = False
-        else:
-            marked.main_grad.add_(gradient)
+    """Adds to a parameter's gradient where autograd does not: to its fp32 sum if it has one."""
+    if has_sum(parameter):
+        add_to_sum(parameter, lambda total, *, is_first: total.copy_(gradient) if is_first else total.add_(gradient))
     elif parameter.grad is None:
         parameter.grad = gradient
     else:
@@ -117,25 +133,20 @@ class _Linear(torch.autograd.Function):
         if not ctx.needs_input_grad[1]:
             return grad_x, None, None
         compute = partial(_weight_gradient, ctx.weight, grad.flatten(0, -2), x.flatten(0, -2))
-        if ctx.weight_gradients.deferring:
-            ctx.weight_gradients.defer(ctx.weight, compute)
-            return grad_x, None, None
-        return grad_x, compute(), None
+        return grad_x, ctx.weight_gradients.gradient(ctx.weight, compute), None
 
 
 def _weight_gradient(weight: Tensor, grad: Tensor, x: Tensor) -> Tensor | None:
     """dyᵀ x; or None, when it has been added to the weight's fp32 sum."""
     if not _adds_itself(weight, x):
         return grad.t() @ x
-    marked: Any = weight
-    add_product(marked.main_grad, grad.t(), x, is_first=getattr(weight, "main_grad_is_old", False))
-    marked.main_grad_is_old = False
+    add_to_sum(weight, partial(add_product, a=grad.t(), b=x))
     return None
 
 
 def _adds_itself(weight: Tensor, x: Tensor) -> bool:
     """Whether a product in bf16 can be added to an fp32 sum without being rounded and written first."""
-    return x.is_cuda and x.dtype == torch.bfloat16 and getattr(weight, "main_grad", None) is not None
+    return x.is_cuda and x.dtype == torch.bfloat16 and has_sum(weight)
 
 
 def _multiply_in_fp8(x: Tensor, weight: Tensor, quantizer: Quantizer, *, observed: bool, share: float = 1.0) -> Tensor:
@@ -179,21 +190,16 @@ class _Fp8Linear(torch.autograd.Function):
         if not needs_weight:
             return grad_x, None, None, None, None
         compute = partial(_fp8_weight_gradient, products.only_columns(rounded), x, ctx.weight, quantizer)
-        if ctx.weight_gradients.deferring:
-            ctx.weight_gradients.defer(ctx.weight, compute)
-            return grad_x, None, None, None, None
-        return grad_x, compute(), None, None, None
+        return grad_x, ctx.weight_gradients.gradient(ctx.weight, compute), None, None, None
 
 
 def _fp8_weight_gradient(grad: Any, x: Tensor, weight: Tensor, quantizer: Quantizer) -> Tensor | None:
     """dyᵀ x; or None, when it has been added to the weight's fp32 sum."""
     products = arithmetic(x)
     rounded = products.round(quantizer, "activation", x, rows=False, columns=True, observed=False)
-    marked: Any = weight
-    if getattr(weight, "main_grad", None) is None:
+    if not has_sum(weight):
         return products.weight_gradient(grad, rounded, weight.dtype)
-    products.add_weight_gradient(grad, rounded, marked.main_grad, is_first=getattr(weight, "main_grad_is_old", False))
-    marked.main_grad_is_old = False
+    add_to_sum(weight, partial(products.add_weight_gradient, grad, rounded))
     return None
 
 
@@ -231,10 +237,7 @@ class _GroupedLinear(torch.autograd.Function):
         if not ctx.needs_input_grad[1]:
             return grad_rows, None, None, None
         compute = partial(_add_grouped_weight_gradient, ctx.weight, grad, rows, counts)
-        if ctx.weight_gradients.deferring:
-            ctx.weight_gradients.defer(ctx.weight, compute)
-            return grad_rows, None, None, None
-        return grad_rows, compute(), None, None
+        return grad_rows, ctx.weight_gradients.gradient(ctx.weight, compute), None, None
 
 
 class _Fp8GroupedLinear(torch.autograd.Function):
@@ -272,10 +275,7 @@ class _Fp8GroupedLinear(torch.autograd.Function):
         if not needs_weight:
             return grad_rows, None, None, None, None, None
         compute = partial(_fp8_grouped_weight_gradient, rounded.columns.to(dtype), rows, ctx.weight, counts, quantizer)
-        if ctx.weight_gradients.deferring:
-            ctx.weight_gradients.defer(ctx.weight, compute)
-            return grad_rows, None, None, None, None, None
-        return grad_rows, compute(), None, None, None, None
+        return grad_rows, ctx.weight_gradients.gradient(ctx.weight, compute), None, None, None, None
 
 
 def _rounded_experts(weight: Tensor, quantizer: Quantizer, dtype: torch.dtype, *, observed: bool) -> Tensor:
@@ -313,10 +313,7 @@ def _add_grouped_weight_gradient(weight: Tensor, grad: Tensor, rows: Tensor, cou
         return _grouped_weight_gradient(grad, rows, counts)
     from model.kernels.grouped import add_weight_gradients
 
-    marked: Any = weight
-    is_first = getattr(weight, "main_grad_is_old", False)
-    add_weight_gradients(marked.main_grad, grad, rows, counts, is_first=is_first)
-    marked.main_grad_is_old = False
+    add_to_sum(weight, partial(add_weight_gradients, grad=grad, rows=rows, counts=counts))
     return None
 
 

@@ -8,15 +8,16 @@ wait for blocks that find no room while an all-to-all runs, and a product takes 
 kernels run beside, a block takes its next tile when it is done with one.
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from model.fused_experts import Backward, Matrices
 from model.permute import Copies
 
 OLDEST = (0, 6)
@@ -59,86 +60,73 @@ def is_installed() -> bool:
     return (int(major), int(minor)) >= OLDEST and torch.cuda.get_device_capability()[0] == 9
 
 
-class Rows(NamedTuple):
-    """Rows ordered by expert that are copies of tokens: which token each is, [R] int32, and where each expert's begin
-    and the last one's end, [E + 1] int32."""
-
-    tokens: Tensor
-    ends: Tensor
+def multiplies(hidden: int, inner: int) -> bool:
+    """Whether experts of such sizes are multiplied by it here."""
+    return inner % MULTIPLE == hidden % MULTIPLE == 0 and is_installed()
 
 
 class Quack:
-    """The products of experts, which other kernels run `beside` or not. gate_up has gates and ups in turns here."""
+    """Grouped products of rows of which each expert has `counts` [E]; other kernels run `beside` or not."""
 
-    name = "QuACK"
+    weighs_sums = True
+    gradient_dtype: torch.dtype | None = None
 
-    def __init__(self, *, beside: bool) -> None:
+    def __init__(self, copies: Copies, counts: Tensor, *, beside: bool) -> None:
         self._takes = beside
+        # The token of each row, [R] int32, and where each expert's begin and the last one's end, [E + 1] int32.
+        self._tokens = _fill_up(copies.tokens.int())
+        self._ends = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
 
-    def rows(self, copies: Copies, counts: Tensor) -> Rows:
-        """Copies ordered by expert, of which each has `counts` [E]."""
-        return Rows(_fill_up(copies.tokens.int()), F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0)))
-
-    def gate_up(self, x: Tensor, matrices: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-        """gate_up [R, 2I] and silu(gate) · up [R, I] of tokens x [T, D], by matrices [E, 2I, D]."""
-        kernels = _load()
+    def forward(self, x: Tensor, weights: Tensor | None, matrices: Matrices) -> tuple[Tensor, Tensor]:
+        """gate_up [R, 2I], with gates and ups in turns, and results [R, D] of tokens x [T, D]."""
+        kernels, (gate_up_proj, down_proj) = _load(), matrices
         gate_up, inner = kernels.multiply_and_gate(
             x,
-            matrices.mT,
+            gate_up_proj.mT,
             activation="swiglu",
-            cu_seqlens_m=rows.ends,
-            A_idx=rows.tokens,
+            cu_seqlens_m=self._ends,
+            A_idx=self._tokens,
             concat_layout=("B",),
             dynamic_scheduler=self._takes,
             config=kernels.gated[self._takes],
             tuned=False,
         )
-        return gate_up, inner
+        return gate_up, self._multiply_rows(inner, down_proj)
 
-    def down(self, inner: Tensor, matrices: Tensor, rows: Rows) -> Tensor:
-        """Results [R, D] by matrices [E, D, I]."""
-        return self._multiply_rows(inner, matrices, rows)
-
-    def down_backward(
-        self, grad: Tensor, matrices: Tensor, gate_up: Tensor, weights: Tensor, rows: Rows
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """From gradients of tokens [T, D], each row's times its weight: the gradient of gate_up, weight · silu(gate) ·
-        up, and the gradient of the weights [R] in fp32."""
-        kernels = _load()
+    def backward(self, grad: Tensor, x: Tensor, gate_up: Tensor, weights: Tensor, matrices: Matrices) -> Backward:
+        """From gradients of tokens [T, D], x [T, D], gate_up [R, 2I] and weights [R]."""
+        kernels, (gate_up_proj, down_proj) = _load(), matrices
         grad_gate_up, inner, grad_weights = kernels.multiply_and_gate_backward(
             grad,
-            matrices,
+            down_proj,
             gate_up,
             activation="swiglu",
             colvec_scale=_fill_up(weights),
             colvec_reduce=True,
-            cu_seqlens_m=rows.ends,
-            A_idx=rows.tokens,
+            cu_seqlens_m=self._ends,
+            A_idx=self._tokens,
             dynamic_scheduler=self._takes,
             config=kernels.gated_backward[self._takes],
             tuned=False,
         )
-        return grad_gate_up, inner, grad_weights[: len(weights)]
+        return Backward(
+            self._multiply_rows(grad_gate_up, gate_up_proj.mT, concat_layout=("B",)),
+            grad_weights[: len(weights)],
+            partial(self._add_gate_up, x=x, grad_gate_up=grad_gate_up),
+            partial(self._add_down, grad=grad, inner=inner),
+        )
 
-    def gate_up_backward(self, grad_gate_up: Tensor, matrices: Tensor, rows: Rows) -> Tensor:
-        """Gradients of rows [R, D] by matrices [E, 2I, D]."""
-        return self._multiply_rows(grad_gate_up, matrices.mT, rows, concat_layout=("B",))
+    def _add_gate_up(self, total: Tensor, *, x: Tensor, grad_gate_up: Tensor, is_first: bool) -> None:
+        tiles = _load().wide_gradient
+        self._add_products(total.mT, x, grad_gate_up, tiles, is_first=is_first, concat_layout=("out",))
 
-    def add_gate_up_gradient(
-        self, total: Tensor, grad_gate_up: Tensor, x: Tensor, rows: Rows, *, is_first: bool
-    ) -> None:
-        """Adds to total [E, 2I, D], or puts there, the sums over each expert's rows of grad_gate_up xᵀ."""
-        tile = _load().wide_gradient
-        self._add_products(total.mT, x, grad_gate_up, rows, tile, is_first=is_first, concat_layout=("out",))
+    def _add_down(self, total: Tensor, *, grad: Tensor, inner: Tensor, is_first: bool) -> None:
+        self._add_products(total, grad, inner, _load().narrow_gradient, is_first=is_first)
 
-    def add_down_gradient(self, total: Tensor, grad: Tensor, inner: Tensor, rows: Rows, *, is_first: bool) -> None:
-        """Adds to total [E, D, I], or puts there, the sums over each expert's rows of grad innerᵀ."""
-        self._add_products(total, grad, inner, rows, _load().narrow_gradient, is_first=is_first)
-
-    def _multiply_rows(self, rows_in: Tensor, matrices: Tensor, rows: Rows, **options: Any) -> Tensor:
+    def _multiply_rows(self, rows: Tensor, matrices: Tensor, **options: Any) -> Tensor:
         """Rows [R, in] by the matrices [E, out, in] of their experts."""
-        out = rows_in.new_empty(len(rows_in), matrices.shape[1])
-        self._multiply(rows_in, matrices, out, _load().plain, cu_seqlens_m=rows.ends, **options)
+        out = rows.new_empty(len(rows), matrices.shape[1])
+        self._multiply(rows, matrices, out, _load().plain, cu_seqlens_m=self._ends, **options)
         return out
 
     def _add_products(
@@ -146,7 +134,6 @@ class Quack:
         total: Tensor,
         of_tokens: Tensor,
         of_rows: Tensor,
-        rows: Rows,
         tiles: dict[bool, Any],
         *,
         is_first: bool,
@@ -158,8 +145,8 @@ class Quack:
             of_rows.t(),
             total,
             tiles,
-            cu_seqlens_k=rows.ends,
-            A_idx=rows.tokens,
+            cu_seqlens_k=self._ends,
+            A_idx=self._tokens,
             add_to_output=not is_first,
             **options,
         )

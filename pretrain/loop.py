@@ -9,9 +9,10 @@ from functools import partial
 from data.loader import BatchLoader, BatchSpec
 from data.stream import SampleStream
 from model.attention import attention_kernel
-from model.bf16_experts import products_for
 from model.config import ModelConfig
 from model.counts import count_parameters
+from model.experts import fused_in
+from model.quack import multiplies
 from parallel.heartbeat import Pace, watch_ranks
 from parallel.launch import Place
 from parallel.watchdog import Progress, watch_progress, write_stacks
@@ -93,8 +94,9 @@ def _train_from(
         recorder.tell("resume" if state.step else "start", state.step, _describe_start(run, state))
         if run.place.device.type == "cuda":
             recorder.say(_describe_attention(run, state))
-            if run.config.precision.dtype == "bf16" and not run.config.precision.fp8_everywhere:
-                recorder.say(_describe_experts(run.config.model))
+            model, dtype = run.config.model, DTYPES[run.config.precision.dtype]
+            if fused_in(model, dtype, run.model.execution.fp8.config, watched=False) == "bf16":
+                recorder.say(_describe_experts(model))
         if run.config.precision.fp8 != "off":
             recorder.say(describe_fp8(run.config, run.model.execution.fp8.config))
         return _loop(run, state, held_out, recorder, stop, progress)
@@ -244,9 +246,9 @@ def _describe_start(run: Assembly, state: TrainState) -> str:
 
 def _describe_experts(model: ModelConfig) -> str:
     """Whose products compute those in bf16."""
-    name = products_for(model.hidden_size, model.moe_intermediate_size).name
-    hint = "; QuACK, of the extra `gpu`, is faster on Hopper for sizes that are multiples of 64"
-    return f"experts: {name}" + ("" if name == "QuACK" else hint)
+    if multiplies(model.hidden_size, model.moe_intermediate_size):
+        return "experts: QuACK"
+    return "experts: torch; QuACK, of the extra `gpu`, is faster on Hopper for sizes that are multiples of 64"
 
 
 def _describe_attention(run: Assembly, state: TrainState) -> str:

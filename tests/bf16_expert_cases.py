@@ -1,16 +1,18 @@
 """Experts in one function of autograd against the same experts one operation at a time."""
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from support import small_model
 from torch import Tensor
 
-from model import bf16_experts
 from model.experts import RoutedExperts, RoutedRows, sort_by_expert
+from model.fused_experts import Products, fused_experts
 from model.linear import WeightGradients
+from model.permute import Copies
 from model.recompute import Execution
 
+MakeProducts = Callable[[Copies, Tensor], Products]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NUM_EXPERTS = 8
 
@@ -60,11 +62,10 @@ def one_at_a_time(
 
 
 def check_fused_experts(
-    products: Any,
+    products: MakeProducts,
     name: str,
     dtype: torch.dtype,
     tolerance: float,
-    monkeypatch: Any,
     *,
     sizes: tuple[int, int] = SIZES[0],
     packs: bool = False,
@@ -78,12 +79,11 @@ def check_fused_experts(
     x, grad = (torch.randn(len(choice), sizes[0], generator=generator).to(DEVICE, dtype) for _ in range(2))
     weights = torch.rand(choice.shape, generator=generator).to(DEVICE)
     expected, largest = one_at_a_time(experts, x, weights, choice, grad)
-    monkeypatch.setattr(bf16_experts, "products_for", lambda *_: products)
     copies, counts = sort_by_expert(RoutedRows(x, choice, weights, bool((choice >= 0).all())), NUM_EXPERTS)
 
     def run(later: WeightGradients) -> list[Tensor]:
         inputs = x.clone().requires_grad_(), weights.clone().requires_grad_()
-        out = bf16_experts.fused_experts(*inputs, matrices, copies, counts, later, packs=packs)
+        out = fused_experts(*inputs, matrices, products(copies, counts), copies, later, packs=packs)
         out.backward(grad)
         return [out.detach(), *(leaf.grad for leaf in inputs)]  # type: ignore[misc]
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from model.fp8_experts import TILE
+from model.experts import fused_in
 from pretrain.config import Config
 from pretrain.fp8 import fp8_config
 from pretrain.planning.activations import NODE_SIZE, Activations
@@ -24,13 +24,9 @@ def activations_of(config: Config, *, seq_len: int, node_size: int = NODE_SIZE, 
 
 
 def fuses_experts(config: Config) -> bool:
-    """Whether routed experts keep gates and ups alone on a GPU, in all steps: not where a monitor looks at operands of
-    theirs in FP8, and not in all recipes."""
-    precision, model = config.precision, config.model
-    if precision.dtype != "bf16" or not precision.fp8_everywhere:
-        return precision.dtype == "bf16"
-    is_whole = model.hidden_size % TILE == model.moe_intermediate_size % TILE == 0
-    return precision.fp8 == "block" and is_whole and not config.logging.fp8_every
+    """Whether routed experts keep gates and ups alone on a GPU, in all steps."""
+    fp8, watched = fp8_config(config, "cuda"), config.logging.fp8_every > 0
+    return fused_in(config.model, _dtype(config), fp8, watched=watched) is not None
 
 
 def memories_of(config: Config, world_size: int, device: Device = "cuda") -> tuple[Memory, ...]:

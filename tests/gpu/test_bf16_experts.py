@@ -1,24 +1,26 @@
 """Experts in one function of autograd on a GPU, with QuACK's products and with torch's."""
 
+from functools import partial
+
 import pytest
 import torch
-from bf16_expert_cases import CHOICES, LARGE, SIZES, check_fused_experts, make_experts
+from bf16_expert_cases import CHOICES, LARGE, SIZES, MakeProducts, check_fused_experts, make_experts
 
 from model import quack
-from model.bf16_experts import Plain, Products
+from model.bf16_experts import Plain
 from model.experts import RoutedRows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-PRODUCTS = {
-    "torch": Plain(),
-    "QuACK": quack.Quack(beside=False),
-    "QuACK, other kernels beside": quack.Quack(beside=True),
+PRODUCTS: dict[str, MakeProducts] = {
+    "torch": Plain,
+    "QuACK": partial(quack.Quack, beside=False),
+    "QuACK, other kernels beside": partial(quack.Quack, beside=True),
 }
 
 
-def products_of(name: str) -> Products:
+def products_of(name: str) -> MakeProducts:
     if name != "torch" and not quack.is_installed():
         pytest.skip("QuACK is not installed")
     return PRODUCTS[name]
@@ -27,15 +29,13 @@ def products_of(name: str) -> Products:
 @pytest.mark.parametrize("name", CHOICES | LARGE)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("products", PRODUCTS)
-def test_as_one_operation_at_a_time(
-    products: str, sizes: tuple[int, int], name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    check_fused_experts(products_of(products), name, torch.bfloat16, 1e-2, monkeypatch, sizes=sizes)
+def test_as_one_operation_at_a_time(products: str, sizes: tuple[int, int], name: str) -> None:
+    check_fused_experts(products_of(products), name, torch.bfloat16, 1e-2, sizes=sizes)
 
 
 @pytest.mark.parametrize("products", PRODUCTS)
-def test_gates_and_ups_kept_in_fp8(products: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_fused_experts(products_of(products), "random", torch.bfloat16, 1e-2, monkeypatch, packs=True)
+def test_gates_and_ups_kept_in_fp8(products: str) -> None:
+    check_fused_experts(products_of(products), "random", torch.bfloat16, 1e-2, packs=True)
 
 
 @pytest.mark.parametrize("num_rows", [0, 5])

@@ -8,7 +8,8 @@ from support import small_model
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.experts import RoutedExperts, RoutedRows, SwiGLU, sort_by_expert, swiglu
+from model.experts import RoutedExperts, RoutedRows, SwiGLU, fused_in, sort_by_expert, swiglu
+from model.fp8 import PARTS_ON_GPU, Fp8Config
 from model.linear import WeightGradients, grouped_linear
 from model.permute import _Spread, collect, find_copies, pick, spread
 from model.recompute import Execution, Recompute
@@ -215,3 +216,23 @@ def test_inputs_of_swiglu_kept_in_fp8(module: str, recomputed: frozenset[str]) -
     if not recomputed:
         rows = 50 if module == "dense" else 150
         assert kept[False] - kept[True] == rows * (4 * 192 - 2 * (128 + 4))
+
+
+@pytest.mark.parametrize(
+    ("hidden", "inner", "fp8", "watched", "path"),
+    [
+        (64, 8, Fp8Config(), True, "bf16"),
+        (256, 128, Fp8Config(recipe="block", parts=PARTS_ON_GPU), True, "bf16"),
+        (256, 8, Fp8Config(recipe="block"), False, "bf16"),
+        (256, 128, Fp8Config(recipe="block"), False, "fp8"),
+        (256, 128, Fp8Config(recipe="block"), True, None),
+        (256, 64, Fp8Config(recipe="block"), False, None),
+        (256, 128, Fp8Config(recipe="current"), False, None),
+    ],
+)
+def test_which_experts_are_one_function_on_a_gpu(
+    hidden: int, inner: int, fp8: Fp8Config, watched: bool, path: str | None
+) -> None:
+    config = small_model(hidden_size=hidden, moe_intermediate_size=inner)
+    assert fused_in(config, torch.bfloat16, fp8, watched=watched) == path
+    assert fused_in(config, torch.float32, fp8, watched=watched) is None

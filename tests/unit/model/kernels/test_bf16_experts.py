@@ -16,9 +16,9 @@ def grouped(rows: torch.Tensor, matrices: torch.Tensor, *, offs: torch.Tensor) -
 @pytest.mark.parametrize("name", CHOICES)
 def test_as_one_operation_at_a_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "_grouped_mm", grouped)
-    check_fused_experts(Plain(), name, torch.float32, 1e-5, monkeypatch)
+    check_fused_experts(Plain, name, torch.float32, 1e-5)
 
 
 def test_gates_and_ups_kept_in_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "_grouped_mm", grouped)
-    check_fused_experts(Plain(), "random", torch.float32, 1e-5, monkeypatch, packs=True)
+    check_fused_experts(Plain, "random", torch.float32, 1e-5, packs=True)
