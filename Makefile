@@ -6,7 +6,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 READY := .venv/.ready
-WORKERS ?= 2
+# More than the two cores of a small machine: some tests only wait.
+WORKERS ?= 3
 DEMO := runs/demo
 DEMO_DATA := $(DEMO)/data
 

@@ -4,10 +4,10 @@
     python benchmarks/save_stall.py --data DATA --config configs/tiny.toml --folder /tmp   # without GPUs
 
 Two data ranks train configs/dsv3_2b.toml with ZeRO 1 and `checkpoint.async`; after some steps they save, train on while
-the disk writes, and save again. The stall is the time that `save` takes; the first takes memory of the host, pinned,
-that later ones use again. Goal: at most 1 s. Then one process alone resumes from the last checkpoint and makes a step,
-whose loss is to be that of the two ranks. And on the CPU all checksums are verified, and tensors read whose sums in
-fp64 are to be those that the two ranks had.
+the disk writes, and save again. The stall is the time that `save` takes; the first waits for the thread that takes and
+pins memory of the host from the start on, if it is not done. Goal: at most 1 s. Then one process alone resumes from the
+last checkpoint and makes a step, whose loss is to be that of the two ranks. And on the CPU all checksums are verified,
+and tensors read whose sums in fp64 are to be those that the two ranks had.
 """
 
 import argparse

@@ -93,6 +93,7 @@ class RoutedExperts(nn.Module):
         """Those of one function for all of it, if there is one for rows such as x [R, D] here."""
         fp8, first, second = self._execution.fp8, self.gate_up_quantizer, self.down_quantizer
         path = fused_in(self._config, x.dtype, fp8.config, watched=fp8.monitor.active) if x.is_cuda else None
+        assert path is None or self.gate_up_proj.dtype == x.dtype, (self.gate_up_proj.dtype, x.dtype)
         if path == "fp8":
             assert first is not None
             assert second is not None

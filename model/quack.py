@@ -5,7 +5,8 @@ rounded up to a multiple of `ROWS`, so that there are few; rows past the last ex
 
 Each of these kernels has as many blocks as the GPU holds, and its tiles are dealt to them. Dealt out beforehand, tiles
 wait for blocks that find no room while an all-to-all runs, and a product takes up to twice as long. So where other
-kernels run beside, a block takes its next tile when it is done with one.
+kernels run beside, a block takes its next tile when it is done with one; where rows are gathered, QuACK has no such
+way.
 """
 
 from functools import lru_cache, partial
@@ -33,10 +34,10 @@ def _load() -> Any:
     from quack.gemm_config import GemmConfig
     from quack.gemm_interface import gemm_dgated, gemm_gated
 
-    def tile(rows: int, columns: int, *, pingpong: bool) -> dict[bool, Any]:
-        """By whether blocks take tiles when they are done with others."""
-        sizes = {"tile_m": rows, "tile_n": columns, "cluster_m": 2, "cluster_n": 1}
-        return {takes: GemmConfig(**sizes, pingpong=pingpong, is_dynamic_persistent=takes) for takes in (False, True)}
+    def tile(rows: int, columns: int, *, pingpong: bool) -> Any:
+        return GemmConfig(
+            tile_m=rows, tile_n=columns, cluster_m=2, cluster_n=1, pingpong=pingpong, is_dynamic_persistent=False
+        )
 
     return SimpleNamespace(
         multiply=gemm,
@@ -72,7 +73,7 @@ class Quack:
     gradient_dtype: torch.dtype | None = None
 
     def __init__(self, copies: Copies, counts: Tensor, *, beside: bool) -> None:
-        self._takes = beside
+        self._beside = beside
         # The token of each row, [R] int32, and where each expert's begin and the last one's end, [E + 1] int32.
         self._tokens = _fill_up(copies.tokens.int())
         self._ends = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
@@ -87,8 +88,7 @@ class Quack:
             cu_seqlens_m=self._ends,
             A_idx=self._tokens,
             concat_layout=("B",),
-            dynamic_scheduler=self._takes,
-            config=kernels.gated[self._takes],
+            config=kernels.gated,
             tuned=False,
         )
         return gate_up, self._multiply_rows(inner, down_proj)
@@ -105,8 +105,8 @@ class Quack:
             colvec_reduce=True,
             cu_seqlens_m=self._ends,
             A_idx=self._tokens,
-            dynamic_scheduler=self._takes,
-            config=kernels.gated_backward[self._takes],
+            dynamic_scheduler=False,
+            config=kernels.gated_backward,
             tuned=False,
         )
         return Backward(
@@ -117,8 +117,8 @@ class Quack:
         )
 
     def _add_gate_up(self, total: Tensor, *, x: Tensor, grad_gate_up: Tensor, is_first: bool) -> None:
-        tiles = _load().wide_gradient
-        self._add_products(total.mT, x, grad_gate_up, tiles, is_first=is_first, concat_layout=("out",))
+        tile = _load().wide_gradient
+        self._add_products(total.mT, x, grad_gate_up, tile, is_first=is_first, concat_layout=("out",))
 
     def _add_down(self, total: Tensor, *, grad: Tensor, inner: Tensor, is_first: bool) -> None:
         self._add_products(total, grad, inner, _load().narrow_gradient, is_first=is_first)
@@ -126,49 +126,42 @@ class Quack:
     def _multiply_rows(self, rows: Tensor, matrices: Tensor, **options: Any) -> Tensor:
         """Rows [R, in] by the matrices [E, out, in] of their experts."""
         out = rows.new_empty(len(rows), matrices.shape[1])
-        self._multiply(rows, matrices, out, _load().plain, cu_seqlens_m=self._ends, **options)
+        taken = torch.zeros(1, dtype=torch.int32, device=rows.device) if self._beside else None
+        _multiply(rows, matrices, out, _load().plain, taken, cu_seqlens_m=self._ends, **options)
         return out
 
     def _add_products(
-        self,
-        total: Tensor,
-        of_tokens: Tensor,
-        of_rows: Tensor,
-        tiles: dict[bool, Any],
-        *,
-        is_first: bool,
-        **options: Any,
+        self, total: Tensor, of_tokens: Tensor, of_rows: Tensor, tile: Any, *, is_first: bool, **options: Any
     ) -> None:
         """Adds to total [E, M, N] the products of [T, M], gathered, and [R, N] over the rows of each expert."""
-        self._multiply(
+        _multiply(
             of_tokens.t(),
             of_rows.t(),
             total,
-            tiles,
+            tile,
             cu_seqlens_k=self._ends,
             A_idx=self._tokens,
             add_to_output=not is_first,
             **options,
         )
 
-    def _multiply(self, a: Tensor, b: Tensor, out: Tensor, tiles: dict[bool, Any], **options: Any) -> None:
-        """a bᵀ of every expert."""
-        tile = tiles[self._takes]
-        taken = torch.zeros(1, dtype=torch.int32, device=out.device) if self._takes else None
-        _load().multiply(
-            a,
-            b,
-            out,
-            None,
-            taken,
-            tile.tile_m,
-            tile.tile_n,
-            tile.cluster_m,
-            tile.cluster_n,
-            pingpong=tile.pingpong,
-            is_dynamic_persistent=self._takes,
-            **options,
-        )
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor, tile: Any, taken: Tensor | None = None, **options: Any) -> None:
+    """a bᵀ of every expert. Blocks that take tiles when they are done with others count those that are `taken`, [1]."""
+    _load().multiply(
+        a,
+        b,
+        out,
+        None,
+        taken,
+        tile.tile_m,
+        tile.tile_n,
+        tile.cluster_m,
+        tile.cluster_n,
+        pingpong=tile.pingpong,
+        is_dynamic_persistent=taken is not None,
+        **options,
+    )
 
 
 def _fill_up(values: Tensor) -> Tensor:

@@ -85,8 +85,13 @@ def join_processes(place: Place) -> None:
 
 def keep_compiled_kernels() -> None:
     """Lets QuACK and FlashAttention 4 find on disk what they compiled before, which takes them half a minute. By
-    default they keep it below the folder for temporary files, where others can write, or not at all."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eva"
+    default they keep it below the folder for temporary files, where others can write, or not at all; so it stays where
+    there is no other folder to write to."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eva"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):
+        return
     os.environ.setdefault("QUACK_CACHE_DIR", str(folder / "experts"))
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(folder / "attention"))
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")

@@ -95,14 +95,16 @@ class _Pack(torch.autograd.Function):
         sizes = {"num_experts": num_experts, "num_rows": num_rows}
         packed = kernels.pack_rows(rows, experts, weights, slots, carriers, **sizes)
         ctx.mark_non_differentiable(packed[1])
+        ctx.set_materialize_grads(False)
         return packed
 
     @staticmethod
-    def backward(ctx: Any, grad_rows: Tensor, _: Any, grad_weights: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_rows: Tensor | None, _: Any, grad_weights: Tensor | None) -> tuple[Tensor | None, ...]:
         from model.kernels import dispatch as kernels
         from model.kernels.permute import sum_rows
 
-        of_rows, of_weights = sum_rows(grad_rows, ctx.slots, ()), kernels.bring_back(grad_weights, ctx.carriers)
+        of_rows = None if grad_rows is None else sum_rows(grad_rows, ctx.slots, ())
+        of_weights = None if grad_weights is None else kernels.values_of_choices(grad_weights, ctx.carriers)
         return of_rows, of_weights, None, None, None, None, None
 
 

@@ -1,7 +1,7 @@
 """All-to-alls of rows: plain, or with the rows on their way in FP8.
 
 Rows lie in order of member, this rank's own before all others'. Own rows are copied: NCCL would carry them through the
-same few multiprocessors as the others, which takes it about as long.
+same few multiprocessors as the others.
 """
 
 from collections.abc import Sequence

@@ -7,7 +7,7 @@ import torch
 
 from model.generate import generate
 from parallel.heartbeat import LostRankError, end_process
-from parallel.launch import Place, find_place, join_processes, leave_processes
+from parallel.launch import Place, find_place, join_processes, keep_compiled_kernels, leave_processes
 from parallel.zero import load_deepspeed
 from pretrain.config import check_layout, load_config
 from pretrain.errors import DONE, STOPPED_EARLY, UserError
@@ -172,6 +172,8 @@ def generate_text(arguments: Namespace) -> int:
     weights = open_weights(arguments.checkpoint)
     tokenizer = weights.tokenizer()
     device = find_place({}).device
+    if device.type == "cuda":
+        keep_compiled_kernels()
     model = weights.build(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     tokens = tokenizer.encode_batch([arguments.prompt])[0]
     if not len(tokens):

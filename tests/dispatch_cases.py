@@ -35,6 +35,19 @@ def one_round(leaving: Leaving) -> Tensor:
     return leaving.members.in_turn(leaving.counts[:1].cpu(), 1)
 
 
+def check_rounds(members: Members) -> None:
+    """Rows counted by kernels that go in two rounds are those counted by torch."""
+    experts = draw_experts("few", 30, 3, members)
+    x, weights = rows_apart(30, 16, torch.float32, 0), random(30, 3, seed=1)
+    results = []
+    for count in (count_by_kernels, count_by_torch):
+        leaving = count(experts, members)
+        whole = one_round(leaving)
+        copies, packed = pack_leaving(leaving, x, weights, torch.cat((whole // 2, whole - whole // 2)))
+        results.append((copies.slots, copies.choices, packed.rows, packed.experts, packed.weights))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def check_rows(
     kind: str, num_tokens: int, num_choices: int, members: Members, size: int, dtype: torch.dtype
 ) -> list[Tensor]:

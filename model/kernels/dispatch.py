@@ -10,13 +10,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 64  # tokens in a block; 8192 pairs of them and members at most
+BLOCK = 64  # tokens in a block
+MOST_MEMBERS = 128  # for which a block of tokens and members fits into registers
 COLUMNS = 2048  # of a row that a program copies, at most
 
 
 def count_copies(experts: Tensor, num_members: int, num_experts: int) -> tuple[Tensor, Tensor]:
     """Of choices [T, K] among all experts (−1: none), of which each member has `num_experts`: how many tokens, and how
     many choices, are for each member, [2, members] int64; and the same by block, [2, blocks, members] int32."""
+    assert num_members <= MOST_MEMBERS, num_members
     num_tokens, num_choices = experts.shape
     num_blocks = triton.cdiv(num_tokens, BLOCK)
     in_blocks = torch.empty(2, num_blocks, num_members, dtype=torch.int32, device=experts.device)
@@ -68,14 +70,14 @@ def pack_rows(
     return rows, row_experts, row_weights
 
 
-def bring_back(values: Tensor, carriers: Tensor) -> Tensor:
+def values_of_choices(values: Tensor, carriers: Tensor) -> Tensor:
     """What rows [R, K] have for the choices that they took along, [T, K]: zero for a choice of none."""
     num_rows, num_choices = values.shape
     result = values.new_empty(carriers.shape)
     total = carriers.numel()
     if total:
         block = 1024
-        _bring_back_kernel[(triton.cdiv(total, block),)](
+        _values_of_choices_kernel[(triton.cdiv(total, block),)](
             values.contiguous(), carriers, result, total, num_rows, CHOICES=num_choices, BLOCK=block, num_warps=4
         )
     return result
@@ -181,7 +183,7 @@ def _pack_kernel(
 
 
 @triton.jit(do_not_specialize=["total", "num_rows"])
-def _bring_back_kernel(
+def _values_of_choices_kernel(
     values: tl.tensor, carriers: tl.tensor, result: tl.tensor, total: tl.tensor, num_rows: tl.tensor,
     CHOICES: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip

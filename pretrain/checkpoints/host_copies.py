@@ -62,11 +62,13 @@ class _Room:
         begin = -memory.data_ptr() % _PAGE
         self.bytes = memory[begin : begin + size]
         pinned: list[int] = []
-        self._thread = threading.Thread(target=_take, args=(self.bytes, gpu, pinned), daemon=True)
+        given_up = threading.Event()
+        self._thread = threading.Thread(target=_take, args=(self.bytes, gpu, pinned, given_up), daemon=True)
         self._thread.start()
-        weakref.finalize(self, _unpin, self._thread, pinned).atexit = False
+        weakref.finalize(self, _give_back, self._thread, pinned, given_up).atexit = False
 
     def wait(self) -> None:
+        """Until all is taken."""
         self._thread.join()
 
     def copy(self, tensor: Tensor, begin: int) -> None:
@@ -88,16 +90,19 @@ def _lay_out(tensors: Mapping[str, Tensor]) -> tuple[dict[str, int], int]:
     return places, size
 
 
-def _take(room: Tensor, gpu: torch.device | None, pinned: list[int]) -> None:
+def _take(room: Tensor, gpu: torch.device | None, pinned: list[int], given_up: threading.Event) -> None:
     if gpu is not None:
         torch.cuda.set_device(gpu)
     for segment in room.split(_SEGMENT):
+        if given_up.is_set():
+            return
         segment.zero_()
         if gpu is not None and int(torch.cuda.cudart().cudaHostRegister(segment.data_ptr(), len(segment), 0)) == 0:
             pinned.append(segment.data_ptr())
 
 
-def _unpin(thread: threading.Thread, pinned: list[int]) -> None:
+def _give_back(thread: threading.Thread, pinned: list[int], given_up: threading.Event) -> None:
+    given_up.set()
     thread.join()
     for pointer in pinned:
         torch.cuda.cudart().cudaHostUnregister(pointer)

@@ -6,7 +6,8 @@ tensors of them therefore have values beside them, and what is done on such tens
 ranks are not there: each of them is taken to send what this one does. `Ledger` counts the bytes of the storages that
 are alive; it can be laid on a real run too.
 
-`as_on_gpu` makes the program take the paths of a GPU, kernels included, of which none is launched.
+`as_on_gpu` makes the program take the paths of a GPU, kernels included, of which none is launched. Rows for other ranks
+are packed by plain torch, as counts must be known.
 """
 
 import weakref
@@ -244,7 +245,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
 def as_on_gpu(mirror: Mirror) -> Iterator[None]:
     """Takes the paths of a GPU, with products of experts by torch, which knows tensors without memory. Kernels write
     nothing, but for the one that decides about shapes."""
-    from model import experts, quack
+    from model import experts, flash, quack
     from model.kernels import permute
 
     count_and_place = permute.count_and_place
@@ -264,6 +265,7 @@ def as_on_gpu(mirror: Mirror) -> Iterator[None]:
         patch.object(permute, "count_and_place", counting),
         patch.object(functional, "scaled_dot_product_attention", _attend),
         patch.object(quack, "is_installed", lambda: False),
+        patch.object(flash, "is_installed", lambda: False),
         patch.object(torch.cuda, "get_device_capability", lambda *_: (9, 0)),
         patch.object(FakeTensor, "is_cuda", True, create=True),
     ):

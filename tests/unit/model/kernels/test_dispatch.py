@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton", reason="kernels need triton")
 
-from dispatch_cases import KINDS, check_rows
+from dispatch_cases import KINDS, check_rounds, check_rows
 
 from model.kernels import dispatch
 from parallel.rows import Members
@@ -27,3 +27,7 @@ def test_more_blocks_than_are_added_up_at_once(monkeypatch: pytest.MonkeyPatch) 
 
 def test_rows_of_more_than_one_program() -> None:
     check_rows("few", 5, 4, Members(4, 4, 1), 2500, torch.float32)
+
+
+def test_rounds_of_what_kernels_counted() -> None:
+    check_rounds(Members(4, 2, 1))
