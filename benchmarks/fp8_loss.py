@@ -3,6 +3,7 @@ scales are broken, which has to fail. All products are in FP8 that can be, route
 
     python benchmarks/fp8_loss.py --data runs/data --out runs/fp8-loss                     # one GPU
     python benchmarks/fp8_loss.py --data runs/data --out runs/fp8-loss --side-by-side      # three GPUs, a run on each
+    python benchmarks/fp8_loss.py --data runs/data --out runs/fp8-loss --control           # and what chance does
     python benchmarks/fp8_loss.py --data runs/data --out runs/fp8-tiny --config configs/tiny.toml --batch 8 \\
         --learning-rate 4e-3 --steps 200 --planted-steps 100 --limit 2                     # a rehearsal on a CPU
 
@@ -12,12 +13,16 @@ made short: the learning rate rises over a fifth of the steps, stays until half 
 tenth at the end, so that the last fifth, over which the gap is taken, is where a run would stop. The broken runs are as
 long as `--planted-steps` and keep that timeline; healthy FP8 after as many steps is shown beside them.
 
+With `--control` a bf16 run in deterministic mode is compared, too: it differs in the order of sums alone, so its gap is
+what chance makes of the smallest difference.
+
 The planted fault: every 1 × 128 tile of activations and gradients in linear layers is taken back with the factor of the
 tile before it, which is what an index that is off by one would do.
 
     OUT/compare.{html,svg,json}            bf16 (A) and FP8 (B)
     OUT/planted/compare.{html,svg,json}    bf16 (A) and FP8 with the fault (B)
     OUT/healthy/compare.{html,svg,json}    bf16 (A) and FP8 (B) after as many steps
+    OUT/control/compare.{html,svg,json}    bf16 (A) and bf16 in deterministic mode (B)
     OUT/summary.json                       gaps, noises, verdicts
 
 Exit status: 0 if FP8 is within the limit and the fault is not, else 1.
@@ -31,7 +36,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -63,25 +68,20 @@ def main() -> int:
         return pretrain(words)
     arguments = parse()
     out, began = arguments.out.resolve(), time.perf_counter()
-    settings = overrides(arguments)
-    both, only_b = options("--set", settings), options("--set-b", [*settings, *FP8])
-    limit = ["--limit", str(arguments.limit)]
-    steps, fewer = (["--steps", str(number)] for number in (arguments.steps, arguments.planted_steps))
-    config, planted, healthy = str(Path(arguments.config).resolve()), out / PLANTED, out / "healthy"
-    pair = [config, config, *both, *options("--set-b", FP8), *limit, *steps, "--out", str(out)]
-    with_fault = [config, *only_b, *limit, *fewer, "--out", str(planted)]
+    pairs = {"FP8": Pair(out, arguments.steps, FP8), PLANTED: Pair(out / PLANTED, arguments.planted_steps, FP8)}
+    if arguments.control:
+        pairs["control"] = Pair(out / "control", arguments.steps, ("run.deterministic=true",))
     if arguments.side_by_side:
-        short = [config, config, *both, *options("--set-b", FP8), *limit, *fewer, "--out", str(planted)]
-        train_side_by_side([[SIDE, "a", *pair], [SIDE, "b", *pair], [PLANTED, SIDE, "b", *short]])
-    statuses = {
-        "FP8": run(["-m", "pretrain"], pair),
-        PLANTED: run([__file__, PLANTED], [str(out / "a"), *with_fault]),
-        "healthy": run(
-            ["-m", "pretrain"],
-            [str(out / "a"), str(out / "b"), *limit, *fewer, "--only-report", "--out", str(healthy)],
-        ),
-    }
-    found = {name: result(folder) for name, folder in (("FP8", out), (PLANTED, planted), ("healthy", healthy))}
+        train_side_by_side(arguments, pairs)
+    statuses = {}
+    for name, pair in pairs.items():
+        program = [__file__, PLANTED] if name == PLANTED else ["-m", "pretrain"]
+        first = [] if name == "FP8" else [str(out / "a")]
+        statuses[name] = run(program, described(arguments, pair, *first))
+    healthy, fewer = out / "healthy", ["--steps", str(arguments.planted_steps)]
+    limit = ["--limit", str(arguments.limit), "--only-report", "--out", str(healthy)]
+    statuses["healthy"] = run(["-m", "pretrain"], [str(out / "a"), str(out / "b"), *fewer, *limit])
+    found = {name: result(pair.out) for name, pair in pairs.items()} | {"healthy": result(healthy)}
     passed = statuses["FP8"] == DONE and statuses[PLANTED] == GAP_TOO_LARGE
     summary = {"limit": arguments.limit / 100, "passed": passed, "statuses": statuses, **found}
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
@@ -89,6 +89,24 @@ def main() -> int:
         print(f"{name}: status {statuses[name]}, {describe(numbers)}")
     print(f"{'passed' if passed else 'FAILED'}: limit {arguments.limit} %, {time.perf_counter() - began:.0f} s")
     return 0 if passed else 1
+
+
+class Pair(NamedTuple):
+    """A comparison whose results go to `out`: of so many `steps`, in which B has other `settings` than A."""
+
+    out: Path
+    steps: int
+    settings: tuple[str, ...]
+
+
+def described(arguments: argparse.Namespace, pair: Pair, *first: str) -> list[str]:
+    """The arguments of `compare`: of two configurations, or of a `first` run that is there already and of one."""
+    config, settings = str(Path(arguments.config).resolve()), overrides(arguments)
+    sides = (
+        [first[0], config, *options("--set-b", settings)] if first else [config, config, *options("--set", settings)]
+    )
+    sides += options("--set-b", pair.settings)
+    return [*sides, "--limit", str(arguments.limit), "--steps", str(pair.steps), "--out", str(pair.out)]
 
 
 def parse() -> argparse.Namespace:
@@ -102,6 +120,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=6, help="sequences a step, in one micro-batch")
     parser.add_argument("--learning-rate", type=float, default=2.6e-4, help="the highest")
     parser.add_argument("--limit", type=float, default=0.25, help="percent")
+    parser.add_argument("--control", action="store_true", help="compare with bf16 that adds up in another order, too")
     parser.add_argument("--side-by-side", action="store_true", help="train all at once, each on a GPU of its own")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="more for all runs")
     return parser.parse_args()
@@ -151,9 +170,12 @@ def run(program: Sequence[str], arguments: Sequence[str]) -> int:
     return subprocess.run(command, cwd=ROOT).returncode
 
 
-def train_side_by_side(commands: Sequence[Sequence[str]]) -> None:
-    """Trains the runs that the comparisons then find complete."""
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2").split(",")
+def train_side_by_side(arguments: argparse.Namespace, pairs: dict[str, Pair]) -> None:
+    """Trains A, and B of each pair, on a GPU each. The comparisons then find them complete."""
+    commands = [[SIDE, "a", *described(arguments, pairs["FP8"])]]
+    for name, pair in pairs.items():
+        commands.append([*([PLANTED] if name == PLANTED else []), SIDE, "b", *described(arguments, pair)])
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3").split(",")[: len(commands)]
     processes = [
         subprocess.Popen([sys.executable, __file__, *command], cwd=ROOT, env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu})
         for command, gpu in zip(commands, gpus, strict=True)

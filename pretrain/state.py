@@ -126,8 +126,7 @@ def open_saver(run: Assembly, averages: Averages | None = None) -> Saver:
         keep_every=config.keep_every,
         in_background=config.async_,
     )
-    with failing_together():
-        saver.prepare(_tensors_to_save(run, averages))
+    saver.prepare(_tensors_to_save(run, averages))
     return saver
 
 

@@ -7,6 +7,7 @@ Memory that is new has to be found page by page, and pinned: seconds for every 1
 import threading
 import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -27,22 +28,25 @@ class HostCopies:
     def prepare(self, tensors: Mapping[str, Tensor]) -> None:
         """Has a thread take the room for copies of tensors of such sizes, unless it is there."""
         _, size = _lay_out(tensors)
-        if self._room is None or size > len(self._room.bytes):
+        if self._room is None or size > self._room.size:
             # The old room first, or there would be both for a moment.
             self._room = None
             self._room = _Room(size, next((tensor.device for tensor in tensors.values() if tensor.is_cuda), None))
 
     def begin(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copies, which are there after `wait`, of the tensors as the device's work so far leaves them. Those of the
-        time before are gone."""
+        time before are gone. Raises what went wrong when the room was taken."""
         self.prepare(tensors)
         assert self._room is not None
-        self._room.wait()
+        try:
+            room = self._room.wait()
+        except Exception:
+            self._room = None
+            raise
         copies, (places, _) = {}, _lay_out(tensors)
         for key, tensor in tensors.items():
-            self._room.copy(tensor, places[key])
-            copy = self._room.bytes[places[key] : places[key] + tensor.nbytes]
-            copies[key] = copy.view(tensor.dtype).view(tensor.shape)
+            _copy(tensor, room, places[key])
+            copies[key] = room[places[key] : places[key] + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         on_gpu = any(tensor.is_cuda for tensor in tensors.values())
         self._copied = torch.cuda.current_stream().record_event() if on_gpu else None
         return copies
@@ -53,32 +57,43 @@ class HostCopies:
             self._copied.synchronize()
 
 
+@dataclass
+class _Taken:
+    """What a thread has taken so far: memory, of which some segments are `pinned`, or an error; until `given_up`."""
+
+    room: Tensor | None = None
+    pinned: list[int] = field(default_factory=list)
+    error: Exception | None = None
+    given_up: bool = False
+
+
 class _Room:
-    """`bytes` that a thread takes, pinned for a GPU if one is given. A segment that cannot be pinned stays as it is:
-    copies to it are slower."""
+    """So many bytes that a thread takes, pinned for a GPU if one is given. A segment that cannot be pinned stays as it
+    is: copies to it are slower."""
 
     def __init__(self, size: int, gpu: torch.device | None) -> None:
-        memory = torch.empty(size + _PAGE, dtype=torch.uint8)
-        begin = -memory.data_ptr() % _PAGE
-        self.bytes = memory[begin : begin + size]
-        pinned: list[int] = []
-        given_up = threading.Event()
-        self._thread = threading.Thread(target=_take, args=(self.bytes, gpu, pinned, given_up), daemon=True)
+        self.size, self._taken = size, _Taken()
+        self._thread = threading.Thread(target=_take, args=(size, gpu, self._taken), daemon=True)
         self._thread.start()
-        weakref.finalize(self, _give_back, self._thread, pinned, given_up).atexit = False
+        weakref.finalize(self, _give_back, self._thread, self._taken).atexit = False
 
-    def wait(self) -> None:
-        """Until all is taken."""
+    def wait(self) -> Tensor:
+        """All of it. Raises what kept the thread from taking it."""
         self._thread.join()
+        if self._taken.error is not None:
+            raise self._taken.error
+        assert self._taken.room is not None
+        return self._taken.room
 
-    def copy(self, tensor: Tensor, begin: int) -> None:
-        """Launches the copy of a tensor to the bytes from `begin` on. Each part of it lies in one segment, as what is
-        pinned in two pieces is not copied in one."""
-        source = tensor.detach().reshape(-1).view(torch.uint8)
-        end = begin + len(source)
-        edges = [begin, *range(begin - begin % _SEGMENT + _SEGMENT, end, _SEGMENT), end]
-        for first, last in pairwise(edges):
-            self.bytes[first:last].copy_(source[first - begin : last - begin], non_blocking=True)
+
+def _copy(tensor: Tensor, room: Tensor, begin: int) -> None:
+    """Launches the copy of a tensor to a room's bytes from `begin` on. Each part of it lies in one segment, as what is
+    pinned in two pieces is not copied in one."""
+    source = tensor.detach().reshape(-1).view(torch.uint8)
+    end = begin + len(source)
+    edges = [begin, *range(begin - begin % _SEGMENT + _SEGMENT, end, _SEGMENT), end]
+    for first, last in pairwise(edges):
+        room[first:last].copy_(source[first - begin : last - begin], non_blocking=True)
 
 
 def _lay_out(tensors: Mapping[str, Tensor]) -> tuple[dict[str, int], int]:
@@ -90,19 +105,26 @@ def _lay_out(tensors: Mapping[str, Tensor]) -> tuple[dict[str, int], int]:
     return places, size
 
 
-def _take(room: Tensor, gpu: torch.device | None, pinned: list[int], given_up: threading.Event) -> None:
-    if gpu is not None:
-        torch.cuda.set_device(gpu)
-    for segment in room.split(_SEGMENT):
-        if given_up.is_set():
-            return
-        segment.zero_()
-        if gpu is not None and int(torch.cuda.cudart().cudaHostRegister(segment.data_ptr(), len(segment), 0)) == 0:
-            pinned.append(segment.data_ptr())
+def _take(size: int, gpu: torch.device | None, taken: _Taken) -> None:
+    try:
+        memory = torch.empty(size + _PAGE, dtype=torch.uint8)
+        begin = -memory.data_ptr() % _PAGE
+        room = memory[begin : begin + size]
+        if gpu is not None:
+            torch.cuda.set_device(gpu)
+        for segment in room.split(_SEGMENT):
+            if taken.given_up:
+                return
+            segment.zero_()
+            if gpu is not None and int(torch.cuda.cudart().cudaHostRegister(segment.data_ptr(), len(segment), 0)) == 0:
+                taken.pinned.append(segment.data_ptr())
+        taken.room = room
+    except Exception as error:
+        taken.error = error
 
 
-def _give_back(thread: threading.Thread, pinned: list[int], given_up: threading.Event) -> None:
-    given_up.set()
+def _give_back(thread: threading.Thread, taken: _Taken) -> None:
+    taken.given_up = True
     thread.join()
-    for pointer in pinned:
+    for pointer in taken.pinned:
         torch.cuda.cudart().cudaHostUnregister(pointer)

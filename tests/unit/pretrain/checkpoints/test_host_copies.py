@@ -36,3 +36,13 @@ def test_room_is_kept_until_it_is_too_small() -> None:
     first = copies.begin(small)["x"]
     assert copies.begin(small)["x"].data_ptr() == first.data_ptr()
     assert len(copies.begin({"x": torch.ones(10_000)})["x"]) == 10_000
+
+
+def test_what_goes_wrong_in_the_thread_is_raised_by_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies, tensors = HostCopies(), {"x": torch.ones(100)}
+    with monkeypatch.context() as broken:
+        broken.setattr(host_copies, "_PAGE", -(10**9))
+        copies.prepare(tensors)
+        with pytest.raises(RuntimeError):
+            copies.begin(tensors)
+    assert torch.equal(copies.begin(tensors)["x"], tensors["x"])
