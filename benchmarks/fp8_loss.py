@@ -47,7 +47,7 @@ from parallel.launch import find_place, join_processes, leave_processes  # noqa:
 from parallel.zero import load_deepspeed  # noqa: E402
 from pretrain.__main__ import build_parser  # noqa: E402
 from pretrain.__main__ import main as pretrain  # noqa: E402
-from pretrain.compare import plan_comparison  # noqa: E402
+from pretrain.commands import comparison_of  # noqa: E402
 from pretrain.config import load_config  # noqa: E402
 from pretrain.errors import DONE, GAP_TOO_LARGE, STOPPED_EARLY  # noqa: E402
 from pretrain.loop import train  # noqa: E402
@@ -187,16 +187,7 @@ def train_side_by_side(arguments: argparse.Namespace, pairs: dict[str, Pair]) ->
 
 def train_side(role: str, arguments: Sequence[str]) -> int:
     """Trains run `a` or `b` of a comparison with these arguments."""
-    parsed, place = build_parser().parse_args([COMPARE, *arguments]), find_place()
-    comparison = plan_comparison(
-        (parsed.a, parsed.b),
-        overrides=parsed.set,
-        overrides_b=parsed.set_b,
-        steps=parsed.steps,
-        num_seeds=0,
-        out=parsed.out,
-        limit=parsed.limit / 100,
-    )
+    comparison, place = comparison_of(build_parser().parse_args([COMPARE, *arguments])), find_place()
     load_deepspeed()
     join_processes(place)
     finished = train((comparison.a if role == "a" else comparison.b).config, place)

@@ -2,6 +2,7 @@
 
 import sys
 from argparse import Namespace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,6 +12,9 @@ from parallel.launch import Place, find_place, join_processes, keep_compiled_ker
 from parallel.zero import load_deepspeed
 from pretrain.config import check_layout, load_config
 from pretrain.errors import DONE, STOPPED_EARLY, UserError
+
+if TYPE_CHECKING:
+    from pretrain.compare import Comparison
 
 
 def train(arguments: Namespace) -> int:
@@ -60,18 +64,9 @@ def rehearse(arguments: Namespace) -> int:
 
 def compare(arguments: Namespace) -> int:
     """`compare A B`."""
-    from pretrain.compare import plan_comparison, report_gap, report_together, train_runs
+    from pretrain.compare import report_gap, report_together, train_runs
 
-    place = find_place()
-    comparison = plan_comparison(
-        (arguments.a, arguments.b),
-        overrides=arguments.set,
-        overrides_b=arguments.set_b,
-        steps=arguments.steps,
-        num_seeds=arguments.seeds,
-        out=arguments.out,
-        limit=arguments.limit / 100,
-    )
+    place, comparison = find_place(), comparison_of(arguments)
     if arguments.only_report or not comparison.trained:
         return report_gap(comparison) if place.is_first else DONE
     for side in comparison.trained:
@@ -85,6 +80,21 @@ def compare(arguments: Namespace) -> int:
     status = report_together(comparison, place) if finished else STOPPED_EARLY
     leave_processes()
     return status
+
+
+def comparison_of(arguments: Namespace) -> "Comparison":
+    """What `compare` is asked for."""
+    from pretrain.compare import plan_comparison
+
+    return plan_comparison(
+        (arguments.a, arguments.b),
+        overrides=arguments.set,
+        overrides_b=arguments.set_b,
+        steps=arguments.steps,
+        num_seeds=arguments.seeds,
+        out=arguments.out,
+        limit=arguments.limit / 100,
+    )
 
 
 def report(arguments: Namespace) -> int:

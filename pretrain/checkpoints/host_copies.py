@@ -27,23 +27,31 @@ class HostCopies:
 
     def prepare(self, tensors: Mapping[str, Tensor]) -> None:
         """Has a thread take the room for copies of tensors of such sizes, unless it is there."""
-        _, size = _lay_out(tensors)
+        self._lay_out(tensors)
+
+    def _lay_out(self, tensors: Mapping[str, Tensor]) -> dict[str, int]:
+        """Where the copy of each begins, in a room that is large enough for all."""
+        places, size = {}, 0
+        for key, tensor in tensors.items():
+            places[key] = size
+            size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
         if self._room is None or size > self._room.size:
             # The old room first, or there would be both for a moment.
             self._room = None
             self._room = _Room(size, next((tensor.device for tensor in tensors.values() if tensor.is_cuda), None))
+        return places
 
     def begin(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copies, which are there after `wait`, of the tensors as the device's work so far leaves them. Those of the
         time before are gone. Raises what went wrong when the room was taken."""
-        self.prepare(tensors)
+        places = self._lay_out(tensors)
         assert self._room is not None
         try:
             room = self._room.wait()
         except Exception:
             self._room = None
             raise
-        copies, (places, _) = {}, _lay_out(tensors)
+        copies = {}
         for key, tensor in tensors.items():
             _copy(tensor, room, places[key])
             copies[key] = room[places[key] : places[key] + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
@@ -94,15 +102,6 @@ def _copy(tensor: Tensor, room: Tensor, begin: int) -> None:
     edges = [begin, *range(begin - begin % _SEGMENT + _SEGMENT, end, _SEGMENT), end]
     for first, last in pairwise(edges):
         room[first:last].copy_(source[first - begin : last - begin], non_blocking=True)
-
-
-def _lay_out(tensors: Mapping[str, Tensor]) -> tuple[dict[str, int], int]:
-    """Where the copy of each begins, and where the last ends."""
-    places, size = {}, 0
-    for key, tensor in tensors.items():
-        places[key] = size
-        size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-    return places, size
 
 
 def _take(size: int, gpu: torch.device | None, taken: _Taken) -> None:
