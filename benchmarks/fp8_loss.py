@@ -4,14 +4,17 @@ scales are broken, which has to fail. All products are in FP8 that can be, route
     python benchmarks/fp8_loss.py --data runs/data --out runs/fp8-loss                     # one GPU
     python benchmarks/fp8_loss.py --data runs/data --out runs/fp8-loss --side-by-side      # three GPUs, a run on each
     python benchmarks/fp8_loss.py --data runs/data --out runs/fp8-loss --control           # and what chance does
+    python benchmarks/fp8_loss.py --data runs/data --out runs/fp8-scratch --common-steps 0 # FP8 from the first step on
     python benchmarks/fp8_loss.py --data runs/data --out runs/fp8-tiny --config configs/tiny.toml --batch 8 \\
         --learning-rate 4e-3 --steps 200 --planted-steps 100 --limit 2                     # a rehearsal on a CPU
 
-All runs have the same initial weights and see the same samples, no sample twice with 25M tokens. The highest learning
-rate is that of configs/small.toml times the root of the ratio of batches. The timeline is that of a whole training,
-made short: the learning rate rises over a fifth of the steps, stays until half of them, and falls along a cosine to a
-tenth at the end, so that the last fifth, over which the gap is taken, is where a run would stop. The broken runs are as
-long as `--planted-steps` and keep that timeline; healthy FP8 after as many steps is shown beside them.
+All runs see the same samples, no sample twice with 37M tokens, and are one run in bf16 for the first `--common-steps`:
+from there on they are compared, over `--steps` more. While routing settles, chance alone parts two runs by more than
+the limit: by 0.2 % at the end, where all steps are compared. The highest learning rate is that of configs/small.toml
+times the root of the ratio of batches. The timeline is that of a whole training, made short: the learning rate rises
+over a fifth of the steps, stays until half of them, and falls along a cosine to a tenth at the end, so that the last
+fifth, over which the gap is taken, is where a run would stop. The broken run is as long as `--planted-steps` and keeps
+that timeline; healthy FP8 after as many steps is shown beside it.
 
 With `--control` a bf16 run in deterministic mode is compared, too: it differs in the order of sums alone, so its gap is
 what chance makes of the smallest difference.
@@ -19,6 +22,7 @@ what chance makes of the smallest difference.
 The planted fault: every 1 × 128 tile of activations and gradients in linear layers is taken back with the factor of the
 tile before it, which is what an index that is off by one would do.
 
+    OUT/common/a                           the steps that all have in common
     OUT/compare.{html,svg,json}            bf16 (A) and FP8 (B)
     OUT/planted/compare.{html,svg,json}    bf16 (A) and FP8 with the fault (B)
     OUT/healthy/compare.{html,svg,json}    bf16 (A) and FP8 (B) after as many steps
@@ -31,6 +35,7 @@ Exit status: 0 if FP8 is within the limit and the fault is not, else 1.
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -46,42 +51,35 @@ from model.quantize import Quantized, quantize_tiles  # noqa: E402
 from parallel.launch import find_place, join_processes, leave_processes  # noqa: E402
 from parallel.zero import load_deepspeed  # noqa: E402
 from pretrain.__main__ import build_parser  # noqa: E402
-from pretrain.__main__ import main as pretrain  # noqa: E402
 from pretrain.commands import comparison_of  # noqa: E402
 from pretrain.config import load_config  # noqa: E402
 from pretrain.errors import DONE, GAP_TOO_LARGE, STOPPED_EARLY  # noqa: E402
 from pretrain.loop import train  # noqa: E402
 
 PLANTED, SIDE, COMPARE = "planted", "side", "compare"
+SideOf = tuple[str, ...]
+"""The words after which this program trains one run."""
 FP8 = ('precision.fp8="block"', "precision.fp8_everywhere=true")
 
 
 def main() -> int:
-    """Runs the comparisons, or what one of them consists of, with "planted" as the first argument with the fault."""
+    """Trains all runs and compares them; or trains one, with "planted" as the first argument with the fault."""
     words = sys.argv[1:]
     if words[:1] == [PLANTED]:
         plant()
         words = words[1:]
     if words[:1] == [SIDE]:
         return train_side(words[1], words[2:])
-    if words[:1] == [COMPARE]:
-        return pretrain(words)
     arguments = parse()
     out, began = arguments.out.resolve(), time.perf_counter()
-    pairs = {"FP8": Pair(out, arguments.steps, FP8), PLANTED: Pair(out / PLANTED, arguments.planted_steps, FP8)}
+    steps, fewer = (arguments.common_steps + more for more in (arguments.steps, arguments.planted_steps))
+    pairs = {"FP8": Pair(out, steps, FP8), PLANTED: Pair(out / PLANTED, fewer, FP8)}
     if arguments.control:
-        pairs["control"] = Pair(out / "control", arguments.steps, ("run.deterministic=true",))
-    if arguments.side_by_side:
-        train_side_by_side(arguments, pairs)
-    statuses = {}
-    for name, pair in pairs.items():
-        program = [__file__, PLANTED] if name == PLANTED else ["-m", "pretrain"]
-        first = [] if name == "FP8" else [str(out / "a")]
-        statuses[name] = run(program, described(arguments, pair, *first))
-    healthy, fewer = out / "healthy", ["--steps", str(arguments.planted_steps)]
-    limit = ["--limit", str(arguments.limit), "--only-report", "--out", str(healthy)]
-    statuses["healthy"] = run(["-m", "pretrain"], [str(out / "a"), str(out / "b"), *fewer, *limit])
-    found = {name: result(pair.out) for name, pair in pairs.items()} | {"healthy": result(healthy)}
+        pairs["control"] = Pair(out / "control", steps, ("run.deterministic=true",))
+    train_all(arguments, out, pairs)
+    statuses = {name: compare(out / "a", pair.out / "b", pair.steps, arguments.limit) for name, pair in pairs.items()}
+    statuses["healthy"] = compare(out / "a", out / "b", fewer, arguments.limit, out / "healthy")
+    found = {name: result(pair.out) for name, pair in pairs.items()} | {"healthy": result(out / "healthy")}
     passed = statuses["FP8"] == DONE and statuses[PLANTED] == GAP_TOO_LARGE
     summary = {"limit": arguments.limit / 100, "passed": passed, "statuses": statuses, **found}
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
@@ -92,21 +90,18 @@ def main() -> int:
 
 
 class Pair(NamedTuple):
-    """A comparison whose results go to `out`: of so many `steps`, in which B has other `settings` than A."""
+    """A comparison whose results go to `out`, after so many `steps`; B has other `settings` than A."""
 
     out: Path
     steps: int
     settings: tuple[str, ...]
 
 
-def described(arguments: argparse.Namespace, pair: Pair, *first: str) -> list[str]:
-    """The arguments of `compare`: of two configurations, or of a `first` run that is there already and of one."""
-    config, settings = str(Path(arguments.config).resolve()), overrides(arguments)
-    sides = (
-        [first[0], config, *options("--set-b", settings)] if first else [config, config, *options("--set", settings)]
-    )
-    sides += options("--set-b", pair.settings)
-    return [*sides, "--limit", str(arguments.limit), "--steps", str(pair.steps), "--out", str(pair.out)]
+def described(arguments: argparse.Namespace, pair: Pair) -> list[str]:
+    """The arguments of `compare` that say what A and B of a pair are."""
+    config = str(Path(arguments.config).resolve())
+    sides = [config, config, *options("--set", overrides(arguments)), *options("--set-b", pair.settings)]
+    return [*sides, "--steps", str(pair.steps), "--out", str(pair.out)]
 
 
 def parse() -> argparse.Namespace:
@@ -115,7 +110,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="a prepared dataset; its vocabulary is the model's")
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--config", default=str(ROOT / "configs" / "small.toml"))
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--common-steps", type=int, default=500, help="in bf16, before FP8 begins")
+    parser.add_argument("--steps", type=int, default=1000, help="with FP8")
     parser.add_argument("--planted-steps", type=int, default=250)
     parser.add_argument("--batch", type=int, default=6, help="sequences a step, in one micro-batch")
     parser.add_argument("--learning-rate", type=float, default=2.6e-4, help="the highest")
@@ -129,7 +125,7 @@ def parse() -> argparse.Namespace:
 def overrides(arguments: argparse.Namespace) -> list[str]:
     """What all runs differ in from the configuration: their length, and what follows from it."""
     config = load_config(Path(arguments.config))
-    tokens = arguments.steps * arguments.batch * config.train.seq_len
+    tokens = (arguments.common_steps + arguments.steps) * arguments.batch * config.train.seq_len
     highest = arguments.learning_rate
     pieces = (
         f'{{ shape = "linear", start = 0.0, value = {highest}, until = {tokens // 5} }}, '
@@ -163,26 +159,44 @@ def options(name: str, values: Sequence[str]) -> list[str]:
     return [part for value in values for part in (name, value)]
 
 
-def run(program: Sequence[str], arguments: Sequence[str]) -> int:
-    """A `compare` in a process of its own; returns its status."""
-    command = [sys.executable, *program, COMPARE, *arguments]
+def compare(a: Path, b: Path, steps: int, limit: float, out: Path | None = None) -> int:
+    """What `pretrain compare` says of two runs; its status."""
+    asked = ["--only-report", "--steps", str(steps), "--limit", str(limit), "--out", str(out or b.parent)]
+    command = [sys.executable, "-m", "pretrain", COMPARE, str(a), str(b), *asked]
     print("$", *command, file=sys.stderr, flush=True)
     return subprocess.run(command, cwd=ROOT).returncode
 
 
-def train_side_by_side(arguments: argparse.Namespace, pairs: dict[str, Pair]) -> None:
-    """Trains A, and B of each pair, on a GPU each. The comparisons then find them complete."""
-    commands = [[SIDE, "a", *described(arguments, pairs["FP8"])]]
+def train_all(arguments: argparse.Namespace, out: Path, pairs: dict[str, Pair]) -> None:
+    """Trains A, and B of each pair, as far as they are not there yet."""
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3").split(",")[: 1 + len(pairs)]
+    if arguments.common_steps:
+        common = Pair(out / "common", arguments.common_steps, ())
+        wait_for(start((SIDE, "a", *described(arguments, common)), gpus[0] if arguments.side_by_side else None))
+        for folder in [out / "a", *(pair.out / "b" for pair in pairs.values())]:
+            if not folder.exists():
+                shutil.copytree(common.out / "a", folder)
+    sides: list[SideOf] = [(SIDE, "a", *described(arguments, pairs["FP8"]))]
     for name, pair in pairs.items():
-        commands.append([*([PLANTED] if name == PLANTED else []), SIDE, "b", *described(arguments, pair)])
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3").split(",")[: len(commands)]
-    processes = [
-        subprocess.Popen([sys.executable, __file__, *command], cwd=ROOT, env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu})
-        for command, gpu in zip(commands, gpus, strict=True)
-    ]
-    for process in processes:
-        if process.wait() != DONE:
-            raise SystemExit(f"a run failed with status {process.returncode}")
+        sides.append((*((PLANTED,) if name == PLANTED else ()), SIDE, "b", *described(arguments, pair)))
+    if arguments.side_by_side:
+        for process in [start(side, gpu) for side, gpu in zip(sides, gpus, strict=True)]:
+            wait_for(process)
+    else:
+        for side in sides:
+            wait_for(start(side))
+
+
+def start(side: SideOf, gpu: str | None = None) -> "subprocess.Popen[bytes]":
+    """A process that trains one run, on a `gpu` if one is named."""
+    environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
+    return subprocess.Popen([sys.executable, __file__, *side], cwd=ROOT, env=environment)
+
+
+def wait_for(process: "subprocess.Popen[bytes]") -> None:
+    """Until a run is complete."""
+    if process.wait() != DONE:
+        raise SystemExit(f"a run failed with status {process.returncode}")
 
 
 def train_side(role: str, arguments: Sequence[str]) -> int:

@@ -132,9 +132,8 @@ def make_side(
 
 def one_after_another(one: Steps[Any], other: Steps[Any]) -> Any:
     """A pair of which neither waits beside the other."""
-    result = run_to_end(one)
-    run_to_end(other)
-    return result
+    run_to_end(one)
+    return run_to_end(other)
 
 
 @contextmanager

@@ -79,6 +79,8 @@ class Announcement:
         self._work = dist.all_to_all_single(self._gathered, self._sent, group=group, async_op=True)
         self._copied: torch.cuda.Event | None = None
         if stream is not None:
+            # Before a product takes all multiprocessors, which would keep the host waiting for its end.
+            self._work.wait()
             # Another stream waits for it, in which nothing else is queued.
             with torch.cuda.stream(stream):
                 on_device = self._arrived()
@@ -144,7 +146,7 @@ class Dispatcher:
     ) -> Steps[Tensor]:
         """What the tokens [T, D] get from their experts, whose choices were announced. Rows and weights are leaves;
         choices are among all experts. `experts` are those that live here, `experts_at_once` the same without deferring
-        anything. Yields while rows are under way."""
+        anything. Yields while counts or rows are under way."""
         if announced is None:
             count(len(routed.rows), 1)
             return experts(routed)
@@ -160,6 +162,7 @@ class Dispatcher:
         experts_at_once: Experts,
         count: Count,
     ) -> Steps[Tensor]:
+        yield
         bound = self._max_rows if len(hops) == 1 else 0
         way, packed = self._prepare(hops[0], announced, routed, bound=bound)
         if len(hops) == 1:
@@ -212,7 +215,7 @@ class Dispatcher:
             (experts,) = choices_in_flight.wait()
             rows, weights = tape.arrive(transfer)
             results = yield from work(tape, RoutedRows(rows, experts, weights, False, num_choices))
-            (leaf,) = tape.cut(results)
+            (leaf,) = tape.cut(results, weights_last=True)
             transfer = tape.launch(exchange.reversed(), leaf)
             yield
             (back,) = tape.arrive(transfer)

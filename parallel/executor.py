@@ -201,8 +201,8 @@ class _Run:
             start = clock.now()
             with self._deferring(backward):
                 out = run_in_turns(
-                    clock.during("forward", self._forward(forward, live)),
                     clock.during("backward", live_backward.tape.backward()),
+                    clock.during("forward", self._forward(forward, live)),
                 )
             self._end_forward(forward, live, out)
             self._end_backward(backward, live_backward)
@@ -225,7 +225,8 @@ class _Run:
     def _begin(self, action: Action) -> _Live:
         place = action.stage, action.micro_batch
         x = None if action.stage == 0 else self._take("activation", place).requires_grad_(self._training)
-        return _Live(Tape(recording=self._training), x, None)
+        late = self._weight_gradients if self._executor.defers else None
+        return _Live(Tape(recording=self._training, weight_gradients=late), x, None)
 
     def _forward(self, action: Action, live: _Live) -> Steps[Tensor | None]:
         batch = self._batches[action.micro_batch]

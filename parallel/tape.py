@@ -5,8 +5,11 @@ something is sent: each segment is an autograd graph of its own, its inputs deta
 backward pass needs, in order. Both passes are generators that yield whenever a transfer has been launched and not yet
 waited for, so whoever drives two of them in turns hides the transfers of one under the computation of the other:
 
-    attend ─ launch ─ yield ─ wait ─ experts ─ launch ─ yield ─ wait ─ combine          forward
-    combine ─ launch ─ yield ─ wait ─ experts ─ launch ─ yield ─ wait ─ attend          backward
+    attend ─ count ─ yield ─ launch ─ yield ─ experts ─ launch ─ yield ─ combine          forward
+    combine ─ launch ─ yield ─ experts ─ launch ─ yield ─ their weights ─ yield ─ attend  backward
+
+Both have three turns a layer. What a turn launches is under way while the other pass has its turn; and when the host
+waits for counts, the device has the other's work to do.
 
 Tensors that pass between segments are leaves. A leaf adds up the gradients of all segments that use it.
 """
@@ -17,6 +20,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+from model.linear import WeightGradients, Work
 
 T = TypeVar("T")
 Steps = Generator[None, None, T]
@@ -44,10 +49,12 @@ class Exchange(Protocol):
 
 @dataclass
 class _Segment:
-    """The end of a segment: its results, and the leaves or the constant that their gradients come from."""
+    """The end of a segment: its results, and the leaves or the constant that their gradients come from. `weights_last`:
+    its weight gradients may wait until the gradients of its inputs are under way."""
 
     results: list[Tensor]
     gradients: list[Tensor | float]
+    weights_last: bool = False
 
 
 @dataclass
@@ -84,19 +91,24 @@ Part = Callable[..., Steps[Tensor]]
 
 
 class Tape:
-    """Records one forward pass; `backward` consumes it. A tape that is not `recording` only cuts and sends."""
+    """Records one forward pass; `backward` consumes it. A tape that is not `recording` only cuts and sends. Without
+    `weight_gradients` none come last."""
 
-    def __init__(self, *, recording: bool = True) -> None:
+    def __init__(self, *, recording: bool = True, weight_gradients: WeightGradients | None = None) -> None:
         self.recording = recording
+        self._weight_gradients = weight_gradients
         self._records: list[_Segment | _Launched | _Arrived | _Again] = []
 
-    def cut(self, *tensors: Tensor, roots: Iterable[tuple[Tensor, float]] = ()) -> tuple[Tensor, ...]:
+    def cut(
+        self, *tensors: Tensor, roots: Iterable[tuple[Tensor, float]] = (), weights_last: bool = False
+    ) -> tuple[Tensor, ...]:
         """Ends a segment: returns its results as leaves. `roots` are further results, scalars, each with the constant
-        that is its gradient."""
+        that is its gradient. With `weights_last` the backward pass sends the gradients of what arrived for the segment
+        before it computes those of weights."""
         if not self.recording:
             return tuple(tensor.detach() for tensor in tensors)
         leaves = tuple(tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors)
-        segment = _Segment([], [])
+        segment = _Segment([], [], weights_last)
         ends: list[tuple[Tensor, Tensor | float]] = [*zip(tensors, leaves, strict=True), *roots]
         for tensor, gradient in ends:
             if tensor.requires_grad:
@@ -137,33 +149,55 @@ class Tape:
     def backward(self) -> Steps[None]:
         """Runs the records backwards. Gradients of the results must lie in the `grad` of the last leaves; those of the
         inputs appear in the `grad` of theirs."""
+        late: list[Work] | None = None
         while self._records:
             record = self._records.pop()
             if isinstance(record, _Segment):
-                _run_segment(record)
+                if record.weights_last:
+                    late = self._run_without_weights(record)
+                else:
+                    _run_segment(record)
             elif isinstance(record, _Arrived):
                 transfer = record.transfer
                 transfer.returning = transfer.exchange.send_gradients(*map(_gradient, transfer.arrived))
                 transfer.arrived = ()
             elif isinstance(record, _Launched):
                 yield
+                if late is not None:
+                    for work in late:
+                        work()
+                    late = None
+                    yield
                 assert record.transfer.returning is not None
                 for leaf, gradient in zip(record.transfer.sent, record.transfer.returning.wait(), strict=True):
                     if leaf.requires_grad:
                         leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
             else:
-                yield from _run_again(record)
+                yield from self._run_again(record)
+
+    def _run_without_weights(self, segment: _Segment) -> list[Work]:
+        """Runs all of a segment but weight gradients; returns these. None are returned where they wait anyway, or may
+        not: a rank whose experts got no rows has no other turns than one whose experts did."""
+        gradients = self._weight_gradients
+        if gradients is None or gradients.deferring:
+            _run_segment(segment)
+            return []
+        gradients.deferring = True
+        try:
+            _run_segment(segment)
+        finally:
+            gradients.deferring = False
+        return gradients.take()
+
+    def _run_again(self, record: _Again) -> Steps[None]:
+        tape = Tape(weight_gradients=self._weight_gradients)
+        out = yield from record.part(tape, *record.inputs)
+        out.grad, record.out.grad = record.out.grad, None
+        yield from tape.backward()
 
 
 def _gradient(leaf: Tensor) -> Tensor:
     return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-
-
-def _run_again(record: _Again) -> Steps[None]:
-    tape = Tape()
-    out = yield from record.part(tape, *record.inputs)
-    out.grad, record.out.grad = record.out.grad, None
-    yield from tape.backward()
 
 
 def _run_segment(segment: _Segment) -> None:
@@ -202,8 +236,9 @@ def run_to_end(steps: Steps[T]) -> T:
             return result
 
 
-def run_in_turns(one: Steps[T], other: Steps[Any]) -> T:
-    """Runs two passes in turns, switching where a transfer is under way; returns what the first gives."""
+def run_in_turns(one: Steps[Any], other: Steps[T]) -> T:
+    """Runs two passes in turns, switching where a transfer is under way; returns what the second gives. A backward pass
+    is to be the first: then all that it sends travels beside the larger part of the forward pass."""
     results: list[Any] = [None, None]
     running = {0: one, 1: other}
     while running:
@@ -213,5 +248,5 @@ def run_in_turns(one: Steps[T], other: Steps[Any]) -> T:
             except StopIteration as end:
                 results[number] = end.value
                 del running[number]
-    result: T = results[0]
+    result: T = results[1]
     return result

@@ -191,7 +191,7 @@ def _gap_panel(gap: LossGap) -> Panel:
         Line("last fifth so far, 95 %", _percent(along[0]), band=_band(*along)),
     ]
     limit = (100 * gap.pair.limit, f"limit, {100 * gap.pair.limit:g} %")
-    return Panel("gap (B − A) / A in %", lines, limit=limit, mirrored=True, y_range=_y_range(gap), legend_in_row=True)
+    return Panel("gap (B − A) / A in %", lines, limit=limit, mirrored=True, y_range=_y_range(gap), legend_below=True)
 
 
 def _loss_panel(gap: LossGap, begin: int) -> Panel:

@@ -60,7 +60,7 @@ class Line:
 @dataclass(frozen=True)
 class Panel:
     """A plot of lines over the same axis; `whole` says that they count something. `limit` is a level worth showing, and
-    what it is; `mirrored` shows it below 0 too. `y_range` bounds what is shown. The legend is a column, or a row.
+    what it is; `mirrored` shows it below 0 too. `y_range` bounds what is shown. The legend is inside, or below all panels.
     `stacked` lines are areas on top of one another. `rows` names whole values from 0 on, for lines that only say
     when."""
 
@@ -72,7 +72,7 @@ class Panel:
     limit: tuple[float, str] | None = None
     mirrored: bool = False
     y_range: tuple[float, float] | None = None
-    legend_in_row: bool = False
+    legend_below: bool = False
     stacked: bool = False
     rows: tuple[str, ...] = ()
 
@@ -124,10 +124,11 @@ def draw_panels(tokens: Column, panels: Sequence[Panel], marks: Sequence[Mark] =
 
 
 def _common_names(panels: Sequence[Panel]) -> list[str]:
-    """The names of all lines, for one legend below, where a panel has too many for a legend inside."""
+    """The names of all lines, for one legend below, where a panel has too many for a legend inside or wants it."""
     if all(panel.rows for panel in panels):
         return []
-    if max(len(panel.shown) for panel in panels) <= _LEGEND_COLUMNS and not any(panel.stacked for panel in panels):
+    few = max(len(panel.shown) for panel in panels) <= _LEGEND_COLUMNS
+    if few and not any(panel.stacked or panel.legend_below for panel in panels):
         return []
     return list(dict.fromkeys(line.label for panel in panels for line in panel.shown))
 
@@ -232,8 +233,7 @@ def _dress(axes: Axes, panel: Panel, *, has_legend: bool) -> None:
         axes.set_ylim(-0.03 * top, top)
     count = len(axes.get_legend_handles_labels()[0])
     if has_legend and count > 1:
-        columns = count if panel.legend_in_row else 1
-        axes.legend(frameon=False, fontsize=9, loc="best", ncols=columns, columnspacing=1.2)
+        axes.legend(frameon=False, fontsize=9, loc="best")
 
 
 def _tick(value: float, _position: int) -> str:

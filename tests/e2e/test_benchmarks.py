@@ -49,7 +49,7 @@ def test_a_broken_scale_is_seen_by_the_comparison(tmp_path: Path) -> None:
     run("-m", "data", "prepare", "model", "pretrain", "--include", "*.py", "--out", data, "--train-tokenizer", 512)
     config.write_text(NARROW.format(project=PROJECT))
     asked = ("benchmarks/fp8_loss.py", "--data", data, "--out", out, "--config", config, "--learning-rate", 3e-3)
-    printed = run(*asked, "--batch", 8, "--steps", 60, "--planted-steps", 60, "--limit", 1)
+    printed = run(*asked, "--batch", 8, "--common-steps", 20, "--steps", 40, "--planted-steps", 40, "--limit", 1)
     found = json.loads((out / "summary.json").read_text())
     assert found["planted"]["gap"] > 0.01 > abs(found["healthy"]["gap"])
     assert found["healthy"]["gap"] == found["FP8"]["gap"]

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from model.linear import WeightGradients
 from parallel.tape import Steps, Tape, run_in_turns, run_to_end, without_gradients
 
 
@@ -79,8 +80,8 @@ def test_two_passes_in_turns_hide_each_others_transfers() -> None:
     out = run_to_end(one_pass(tape, x, w, Loopback([], "a")))
     out.grad = grad
     other = Tape()
-    result = run_in_turns(one_pass(other, x2.requires_grad_(), w2, Loopback(events, "f")), _named(tape, events))
-    assert events == ["launch f forward", "launch b", "wait f forward", "wait b"]
+    result = run_in_turns(_named(tape, events), one_pass(other, x2.requires_grad_(), w2, Loopback(events, "f")))
+    assert events == ["launch b", "launch f forward", "wait b", "wait f forward"]
     torch.testing.assert_close(result.detach(), plain(x2.detach(), w2, grad)[0])
     torch.testing.assert_close(x.grad, plain(x.detach(), w.detach(), grad)[1])
 
@@ -93,6 +94,53 @@ def _named(tape: Tape, events: list[str]) -> Steps[None]:
     for _ in backward:
         yield
     events.append("wait b")
+
+
+class _Product(torch.autograd.Function):
+    """x w, whose gradient for w may wait."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: nn.Parameter, later: WeightGradients, events: list[str]) -> Tensor:
+        ctx.x, ctx.w, ctx.later, ctx.events = x.detach(), w, later, events
+        return x.detach() @ w.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        def of_weight() -> Tensor:
+            ctx.events.append("weight")
+            return ctx.x.mT @ grad
+
+        return grad @ ctx.w.detach().mT, ctx.later.gradient(ctx.w, of_weight), None, None
+
+
+@pytest.mark.parametrize("waits", ["for what is sent", "for the end", "never"])
+def test_weight_gradients_come_after_what_is_sent(waits: str) -> None:
+    """Or later, where all of a pass wait; or at once, where none may. Turns are as many, and gradients the same."""
+    x, matrix, grad = inputs(0)
+    w, later, events = nn.Parameter(matrix.clone()), WeightGradients(), []
+    tape = Tape(weight_gradients=None if waits == "never" else later)
+    exchange = Loopback(events, "a")
+    (leaf,) = tape.cut(x.requires_grad_())
+    (arrived,) = tape.arrive(tape.launch(exchange, leaf))
+    (out,) = tape.cut(_Product.apply(arrived, w, later, events), weights_last=True)
+    out.grad = grad
+    events.clear()
+    later.deferring = waits == "for the end"
+    for _ in tape.backward():
+        events.append("turn")
+    later.deferring = False
+    for work in later.take():
+        work()
+    assert (
+        events
+        == {
+            "for what is sent": ["launch a backward", "turn", "weight", "turn", "wait a backward"],
+            "for the end": ["launch a backward", "turn", "turn", "wait a backward", "weight"],
+            "never": ["weight", "launch a backward", "turn", "turn", "wait a backward"],
+        }[waits]
+    )
+    torch.testing.assert_close(x.grad, grad @ matrix.mT)
+    torch.testing.assert_close(w.grad, x.detach().mT @ grad)
 
 
 def test_gradients_stay_on_for_whoever_has_the_other_turns() -> None:
