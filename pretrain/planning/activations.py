@@ -13,12 +13,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 
 from model.config import ModelConfig
 from model.packing import packed_width
 from model.transformer import LOSS_CHUNK
 from parallel.config import ParallelConfig
-from parallel.schedule import Kind, Step, actions_of
+from parallel.schedule import Kind, Overlapped, Step, actions_of
 
 Sizes = Counter[str]
 """Bytes by part."""
@@ -49,7 +50,7 @@ class Activations:
     def stage(self, layers: Sequence[int], *, is_last: bool) -> Sizes:
         """What a stage of some main layers keeps; the last has the head and multi-token prediction too."""
         model, depth = self.model, self.model.num_nextn_predict_layers if is_last else 0
-        blocks = [*layers, *range(model.num_hidden_layers, model.num_hidden_layers + depth)]
+        blocks = self._blocks_of(layers, is_last=is_last)
         sizes: Sizes = Counter()
         for is_moe, count in Counter(index in model.moe_layers for index in blocks).items():
             block = self._block_input() if self._has("block") else self._blocks[is_moe]
@@ -65,6 +66,38 @@ class Activations:
             sizes["attention"] += (1 + self.num_bytes) * self.micro_batch_size * self.seq_len**2
         return sizes
 
+    def pair(self, forward: Sequence[Sizes], backward: Sequence[Sizes]) -> Sizes:
+        """What the forward pass of one stage has added, less what the backward pass of another has freed, when it is
+        most, in turns of which the backward pass has the first (`parallel.tape`). Both are given by their `turns`."""
+        *later, own = backward
+        freed = [own]
+        for rest, _, experts in zip(*(later[place::3] for place in range(3)), strict=True):
+            freed[1:1] = [Sizes(), experts, rest]
+        live, most = Sizes(), Sizes()
+        for added, gone in zip_longest(forward, freed, fillvalue=Sizes()):
+            live.subtract(gone)
+            live.update(added)
+            most = max(most, live.copy(), key=Sizes.total)
+        return most
+
+    def turns(self, layers: Sequence[int], *, is_last: bool) -> list[Sizes]:
+        """What `stage` keeps, by the turns of a forward pass: of each layer with experts elsewhere all but them, then
+        nothing while rows leave, then the experts; at last what comes of no layer."""
+        turns = [Sizes()]
+        for index in self._blocks_of(layers, is_last=is_last):
+            block = Counter(self._block_input() if self._has("block") else self.block(index))
+            experts = block.pop("routed experts", 0)
+            turns[-1].update(block)
+            if experts and self.copies:
+                turns += [Sizes(), Sizes({"routed experts": experts}), Sizes()]
+            else:
+                turns[-1].update({"routed experts": experts})
+        whole = self.stage(layers, is_last=is_last)
+        for turn in turns:
+            whole.subtract(turn)
+        turns[-1].update(whole)
+        return turns
+
     def deferred(self, layers: Sequence[int], *, is_last: bool) -> Sizes:
         """What a stage keeps between its input gradients and its weight gradients: inputs of its products, and the
         gradients of their results."""
@@ -74,7 +107,7 @@ class Activations:
         attention = 2 * hidden + 2 * latents + model.qk_rope_head_dim
         attention += heads * (model.qk_head_dim + model.qk_nope_head_dim + 2 * model.v_head_dim)
         values = 0
-        for index in [*layers, *range(model.num_hidden_layers, model.num_hidden_layers + depth)]:
+        for index in self._blocks_of(layers, is_last=is_last):
             if index in model.moe_layers:
                 inner = model.n_shared_experts * model.moe_intermediate_size
                 values += attention + (2 * hidden + 3 * inner if inner else 0)
@@ -112,6 +145,11 @@ class Activations:
         """Bytes that losses keep: of every prediction depth the gradients of its states and of the head's weight."""
         heads = 1 + self.model.num_nextn_predict_layers
         return heads * self.num_bytes * (self.tokens + self.model.vocab_size) * self.model.hidden_size
+
+    def _blocks_of(self, layers: Sequence[int], *, is_last: bool) -> list[int]:
+        """The layers of a stage, the last with those of multi-token prediction."""
+        main, depth = self.model.num_hidden_layers, self.model.num_nextn_predict_layers
+        return [*layers, *(range(main, main + depth) if is_last else ())]
 
     def _has(self, part: str) -> bool:
         return part in self.parallel.recompute
@@ -241,19 +279,22 @@ class Activations:
         return round(self.tokens * (self._way(self.copies[-1]) + self._expert_rows()) / self.num_rounds)
 
 
-Live = frozenset[tuple[tuple[str, int], int]]
-"""How many micro-batches are alive at a moment, by ("kept" or "deferred", stage)."""
+Stages = tuple[int, ...]
+"""One stage, or those of the forward and of the backward pass of a pair."""
+Live = frozenset[tuple[tuple[str, Stages], int]]
+"""How many micro-batches are alive at a moment, by ("kept" or "deferred", stage), and ("pair", stages)."""
+Parts = Mapping[str, Mapping[Stages, Sizes]]
+"""Of each stage what a micro-batch has "kept" from F to B or I, and "deferred" from I to W; of each "pair" what its
+passes together have more than the backward pass when it began."""
 
 
-def peak_of_live(steps: Sequence[Step], kept: Mapping[int, Sizes], deferred: Mapping[int, Sizes]) -> Sizes:
-    """The parts of a rank's activations when they take most: of each stage `kept` from F to B or I, `deferred` from I
-    to W."""
-    return heaviest(live_moments(steps), kept, deferred)
+def peak_of_live(steps: Sequence[Step], parts: Parts) -> Sizes:
+    """What lies in a rank's activations when they take most."""
+    return heaviest(live_moments(steps), parts)
 
 
-def heaviest(moments: Iterable[Live], kept: Mapping[int, Sizes], deferred: Mapping[int, Sizes]) -> Sizes:
-    """The parts of activations at the moment at which they take most."""
-    parts = {"kept": kept, "deferred": deferred}
+def heaviest(moments: Iterable[Live], parts: Parts) -> Sizes:
+    """What lies in activations at the moment at which they take most."""
     costs = {(state, stage): sizes.total() for state, stages in parts.items() for stage, sizes in stages.items()}
     at_peak = max(moments, key=lambda live: sum(count * costs[key] for key, count in live))
     sizes: Sizes = Counter()
@@ -264,20 +305,20 @@ def heaviest(moments: Iterable[Live], kept: Mapping[int, Sizes], deferred: Mappi
 
 def live_moments(steps: Sequence[Step]) -> tuple[Live, ...]:
     """The moments of a rank's steps at which no other has as much alive of everything."""
-    live = Counter[tuple[str, int]]()
+    live = Counter[tuple[str, Stages]]()
     moments: dict[Live, None] = {frozenset(): None}
     for step in steps:
-        actions = actions_of(step)
-        # The forward pass of two overlapped steps begins before the backward pass ends.
-        for action in actions:
-            live["kept", action.stage] += action.kind == Kind.FORWARD
-        moments[frozenset((+live).items())] = None
-        for action in actions:
-            live["kept", action.stage] -= action.kind in (Kind.BACKWARD, Kind.INPUT_GRAD)
-            live["deferred", action.stage] += (action.kind == Kind.INPUT_GRAD) - (action.kind == Kind.WEIGHT_GRAD)
+        if isinstance(step, Overlapped):
+            pair = "pair", (step.forward.stage, step.backward.stage)
+            moments[frozenset((+(live + Counter([pair]))).items())] = None
+        for action in actions_of(step):
+            stage = (action.stage,)
+            live["kept", stage] += action.kind == Kind.FORWARD
+            live["kept", stage] -= action.kind in (Kind.BACKWARD, Kind.INPUT_GRAD)
+            live["deferred", stage] += (action.kind == Kind.INPUT_GRAD) - (action.kind == Kind.WEIGHT_GRAD)
         moments[frozenset((+live).items())] = None
     # The fullest first, so that what another exceeds is soon found to be so.
-    kept: list[tuple[Live, dict[tuple[str, int], int]]] = []
+    kept: list[tuple[Live, dict[tuple[str, Stages], int]]] = []
     for moment in sorted(moments, key=lambda moment: -sum(count for _, count in moment)):
         if not any(all(counts.get(key, 0) >= count for key, count in moment) for _, counts in kept):
             kept.append((moment, dict(moment)))

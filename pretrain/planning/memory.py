@@ -10,7 +10,6 @@ They are gone when the step ends and its own buffers appear, so a rank's peak is
 the two.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
@@ -266,10 +265,18 @@ def _activations(activations: Activations, pipeline: _Pipeline, place: int, *, d
     schedule = pipeline.schedule
     layers, last = split_layers(activations.model, schedule.num_stages), schedule.num_stages - 1
     stages = schedule.stages_of(place)
-    kept = {stage: activations.stage(layers[stage], is_last=stage == last) for stage in stages}
-    nothing: Mapping[int, Sizes] = {stage: Sizes() for stage in stages}
-    deferred = {stage: activations.deferred(layers[stage], is_last=stage == last) for stage in stages}
-    sizes = heaviest(pipeline.moments[place], kept, deferred if defers else nothing)
+    turns = {stage: activations.turns(layers[stage], is_last=stage == last) for stage in stages}
+    sizes = heaviest(
+        pipeline.moments[place],
+        {
+            "kept": {(stage,): activations.stage(layers[stage], is_last=stage == last) for stage in stages},
+            "deferred": {
+                (stage,): activations.deferred(layers[stage], is_last=stage == last) if defers else Sizes()
+                for stage in stages
+            },
+            "pair": {(one, other): activations.pair(turns[one], turns[other]) for one in stages for other in stages},
+        },
+    )
     return tuple(Part(name, sizes[name], what) for name, what in _WHAT.items() if sizes[name])
 
 

@@ -60,7 +60,7 @@ class Line:
 @dataclass(frozen=True)
 class Panel:
     """A plot of lines over the same axis; `whole` says that they count something. `limit` is a level worth showing, and
-    what it is; `mirrored` shows it below 0 too. `y_range` bounds what is shown. The legend is inside, or below all panels.
+    what it is; `mirrored` shows it below 0 too. `y_range` bounds what is shown. The legend is inside, or below all.
     `stacked` lines are areas on top of one another. `rows` names whole values from 0 on, for lines that only say
     when."""
 
