@@ -25,7 +25,7 @@ def count_copies(experts: Tensor, num_members: int, num_experts: int) -> tuple[T
     if num_tokens:
         _count_kernel[(num_blocks,)](
             experts.contiguous(), in_blocks, num_tokens, MEMBERS=num_members,
-            MEMBERS_BLOCK=triton.next_power_of_2(num_members), EXPERTS=num_experts, CHOICES=num_choices, BLOCK=BLOCK,
+            MEMBERS_BLOCK=_members_block(num_members), EXPERTS=num_experts, CHOICES=num_choices, BLOCK=BLOCK,
             num_warps=4,
         )  # fmt: skip
     return in_blocks.sum(1), in_blocks
@@ -45,7 +45,7 @@ def place_copies(
     if num_tokens:
         _place_kernel[(triton.cdiv(num_tokens, BLOCK),)](
             experts.contiguous(), counts, in_blocks, slots, entries, carriers, place, num_tokens, num_rows,
-            MEMBERS=num_members, MEMBERS_BLOCK=triton.next_power_of_2(num_members), EXPERTS=num_experts,
+            MEMBERS=num_members, MEMBERS_BLOCK=_members_block(num_members), EXPERTS=num_experts,
             CHOICES=num_choices, SLOTS=slots.shape[1], BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
     return slots, entries, carriers
@@ -81,6 +81,11 @@ def values_of_choices(values: Tensor, carriers: Tensor) -> Tensor:
             values.contiguous(), carriers, result, total, num_rows, CHOICES=num_choices, BLOCK=block, num_warps=4
         )
     return result
+
+
+def _members_block(num_members: int) -> int:
+    """Places for members: two for one, as Triton cannot add up along an axis of one."""
+    return max(triton.next_power_of_2(num_members), 2)
 
 
 @triton.jit

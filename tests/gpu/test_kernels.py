@@ -99,6 +99,7 @@ def test_fp8_rows(num_rows: int, width: int, dtype: torch.dtype) -> None:
         (8192, 6, Members(4, 16, 2), 2048),
         (5000, 8, Members(64, 4, 63), 7168),
         (333, 8, Members(3, 3, 0), 1000),
+        (100, 4, Members(1, 8, 0), 128),
         (0, 2, Members(2, 4, 1), 64),
     ],
 )
