@@ -5,8 +5,9 @@
     python benchmarks/overlap_speed.py --device cpu --rounds 2       # gloo, that it runs
 
 The same micro-batches forward and backward, without an optimizer: pairs of passes in turns, so that all-to-alls of one
-run beside the arithmetic of the other; the same schedule with the passes of a pair one after another, each waiting for
-its own all-to-alls; and 1f1b. Losses and norms are compared first. Then one step of each is traced.
+run beside the arithmetic of the other; the same schedule with the passes of a pair one after another, where nothing but
+weight gradients of experts lies beside their all-to-alls; and 1f1b. Losses and norms are compared first. Then one step
+of each is traced.
 """
 
 import argparse

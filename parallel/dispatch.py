@@ -11,7 +11,7 @@ the backward pass, so that the bound holds there too.
 
 The rows of a hop are in order of round, destination and token, those that stay here first. Counts are exchanged once a
 hop, before rows. Unless there is a bound, they are the one thing that the host waits for: `announce` launches this, so
-that a GPU has other work until they are there.
+that a GPU has work while they are copied to the host.
 """
 
 from collections.abc import Callable, Sequence
@@ -79,7 +79,8 @@ class Announcement:
         self._work = dist.all_to_all_single(self._gathered, self._sent, group=group, async_op=True)
         self._copied: torch.cuda.Event | None = None
         if stream is not None:
-            # Before a product takes all multiprocessors, which would keep the host waiting for its end.
+            # What is launched next waits for them, and so for what was sent before. If a product ran first, they would
+            # find no free multiprocessor until its end, and the host would have nothing left to run beside them.
             self._work.wait()
             # Another stream waits for it, in which nothing else is queued.
             with torch.cuda.stream(stream):
@@ -126,8 +127,8 @@ class Dispatcher:
         return bool(self._hops)
 
     def announce(self, experts: Tensor) -> Announcement | None:
-        """Tells the others how many rows will come, for choices [T, K] among all experts. What is computed until `run`
-        is under way then."""
+        """Tells the others how many rows will come, for choices [T, K] among all experts. While the host learns it, the
+        device has what is launched until `run`."""
         return self._announce(self._hops[0], experts) if self._hops else None
 
     def _announce(self, hop: Hop, experts: Tensor) -> Announcement:

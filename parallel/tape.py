@@ -8,8 +8,9 @@ waited for, so whoever drives two of them in turns hides the transfers of one un
     attend ─ count ─ yield ─ launch ─ yield ─ experts ─ launch ─ yield ─ combine          forward
     combine ─ launch ─ yield ─ experts ─ launch ─ yield ─ their weights ─ yield ─ attend  backward
 
-Both have three turns a layer. What a turn launches is under way while the other pass has its turn; and when the host
-waits for counts, the device has the other's work to do.
+Both have three turns a layer, or more, on all ranks alike, where rows go in hops or in rounds or a part is run again.
+What a turn launches is under way while the other pass has its turn; and when the host waits for counts, the device has
+the other's work to do.
 
 Tensors that pass between segments are leaves. A leaf adds up the gradients of all segments that use it.
 """
@@ -103,8 +104,8 @@ class Tape:
         self, *tensors: Tensor, roots: Iterable[tuple[Tensor, float]] = (), weights_last: bool = False
     ) -> tuple[Tensor, ...]:
         """Ends a segment: returns its results as leaves. `roots` are further results, scalars, each with the constant
-        that is its gradient. With `weights_last` the backward pass sends the gradients of what arrived for the segment
-        before it computes those of weights."""
+        that is its gradient. With `weights_last` the segment begins with what arrived: the backward pass sends its
+        gradients before it computes those of weights."""
         if not self.recording:
             return tuple(tensor.detach() for tensor in tensors)
         leaves = tuple(tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors)
@@ -153,6 +154,7 @@ class Tape:
         while self._records:
             record = self._records.pop()
             if isinstance(record, _Segment):
+                assert late is None
                 if record.weights_last:
                     late = self._run_without_weights(record)
                 else:
@@ -164,8 +166,8 @@ class Tape:
             elif isinstance(record, _Launched):
                 yield
                 if late is not None:
-                    for work in late:
-                        work()
+                    while late:
+                        late.pop(0)()
                     late = None
                     yield
                 assert record.transfer.returning is not None
@@ -174,10 +176,11 @@ class Tape:
                         leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
             else:
                 yield from self._run_again(record)
+        assert late is None
 
     def _run_without_weights(self, segment: _Segment) -> list[Work]:
-        """Runs all of a segment but weight gradients; returns these. None are returned where they wait anyway, or may
-        not: a rank whose experts got no rows has no other turns than one whose experts did."""
+        """Runs all of a segment but weight gradients; returns these: an empty list where they wait for longer, may not
+        wait, or there are none. Their turn is taken all the same, so that all ranks take as many."""
         gradients = self._weight_gradients
         if gradients is None or gradients.deferring:
             _run_segment(segment)
@@ -227,7 +230,7 @@ def without_gradients(steps: Steps[T]) -> Steps[T]:
 
 
 def run_to_end(steps: Steps[T]) -> T:
-    """Runs a pass by itself: waits for every transfer as soon as it is launched."""
+    """Runs a pass by itself: nothing but weight gradients of experts lies beside its transfers."""
     while True:
         try:
             next(steps)

@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import zip_longest
 
 from model.config import ModelConfig
 from model.packing import packed_width
@@ -49,54 +48,43 @@ class Activations:
 
     def stage(self, layers: Sequence[int], *, is_last: bool) -> Sizes:
         """What a stage of some main layers keeps; the last has the head and multi-token prediction too."""
-        model, depth = self.model, self.model.num_nextn_predict_layers if is_last else 0
-        blocks = self._blocks_of(layers, is_last=is_last)
+        blocks = self.blocks_of(layers, is_last=is_last)
         sizes: Sizes = Counter()
-        for is_moe, count in Counter(index in model.moe_layers for index in blocks).items():
+        for is_moe, count in Counter(index in self.model.moe_layers for index in blocks).items():
             block = self._block_input() if self._has("block") else self._blocks[is_moe]
             sizes.update({name: count * size for name, size in block.items()})
-        row = self.num_bytes * model.hidden_size
-        # A stage ends in states that the next gets, or that the norm before the head takes.
-        sizes["states"] += self.tokens * (1 + depth) * row
-        if is_last:
-            # The joined halves are the results of two norms, of which one keeps the embedding.
-            sizes["norms"] += self.tokens * ((1 + 3 * depth) * (row + _FP32) + depth * row)
-            sizes["loss"] += self.loss()
-        if self.masked_documents:
-            sizes["attention"] += (1 + self.num_bytes) * self.micro_batch_size * self.seq_len**2
+        for end in self.ends(is_last=is_last):
+            sizes.update(end)
+        sizes.update(self.masks())
         return sizes
 
-    def pair(self, forward: Sequence[Sizes], backward: Sequence[Sizes]) -> Sizes:
-        """What the forward pass of one stage has added, less what the backward pass of another has freed, when it is
-        most, in turns of which the backward pass has the first (`parallel.tape`). Both are given by their `turns`."""
-        *later, own = backward
-        freed = [own]
-        for rest, _, experts in zip(*(later[place::3] for place in range(3)), strict=True):
-            freed[1:1] = [Sizes(), experts, rest]
-        live, most = Sizes(), Sizes()
-        for added, gone in zip_longest(forward, freed, fillvalue=Sizes()):
-            live.subtract(gone)
-            live.update(added)
-            most = max(most, live.copy(), key=Sizes.total)
-        return most
+    def ends(self, *, is_last: bool) -> list[Sizes]:
+        """What comes of no layer: the states that the next stage gets, or that the norm before the head takes, with the
+        loss; in the last stage also what each depth of multi-token prediction has beside its layer."""
+        row = self.num_bytes * self.model.hidden_size
+        states: Sizes = Counter({"states": self.tokens * row})
+        if not is_last:
+            return [states]
+        depth = self.model.num_nextn_predict_layers
+        states["loss"] = self.loss() // (1 + depth)
+        norm = self.tokens * (row + _FP32)
+        # The joined halves are the results of two norms, of which one keeps the embedding.
+        joined = Counter({"norms": 3 * norm + self.tokens * row})
+        return [states + Counter({"norms": norm}), *(states + joined for _ in range(depth))]
 
-    def turns(self, layers: Sequence[int], *, is_last: bool) -> list[Sizes]:
-        """What `stage` keeps, by the turns of a forward pass: of each layer with experts elsewhere all but them, then
-        nothing while rows leave, then the experts; at last what comes of no layer."""
-        turns = [Sizes()]
-        for index in self._blocks_of(layers, is_last=is_last):
-            block = Counter(self._block_input() if self._has("block") else self.block(index))
-            experts = block.pop("routed experts", 0)
-            turns[-1].update(block)
-            if experts and self.copies:
-                turns += [Sizes(), Sizes({"routed experts": experts}), Sizes()]
-            else:
-                turns[-1].update({"routed experts": experts})
-        whole = self.stage(layers, is_last=is_last)
-        for turn in turns:
-            whole.subtract(turn)
-        turns[-1].update(whole)
-        return turns
+    def masks(self) -> Sizes:
+        """Those that keep attention inside documents, which all layers share."""
+        size = (1 + self.num_bytes) * self.micro_batch_size * self.seq_len**2 if self.masked_documents else 0
+        return Counter({"attention": size})
+
+    def kept(self, index: int) -> Sizes:
+        """What a layer of a stage keeps."""
+        return self._block_input() if self._has("block") else self.block(index)
+
+    def blocks_of(self, layers: Sequence[int], *, is_last: bool) -> list[int]:
+        """The layers of a stage, the last with those of multi-token prediction."""
+        main, depth = self.model.num_hidden_layers, self.model.num_nextn_predict_layers
+        return [*layers, *(range(main, main + depth) if is_last else ())]
 
     def deferred(self, layers: Sequence[int], *, is_last: bool) -> Sizes:
         """What a stage keeps between its input gradients and its weight gradients: inputs of its products, and the
@@ -107,7 +95,7 @@ class Activations:
         attention = 2 * hidden + 2 * latents + model.qk_rope_head_dim
         attention += heads * (model.qk_head_dim + model.qk_nope_head_dim + 2 * model.v_head_dim)
         values = 0
-        for index in self._blocks_of(layers, is_last=is_last):
+        for index in self.blocks_of(layers, is_last=is_last):
             if index in model.moe_layers:
                 inner = model.n_shared_experts * model.moe_intermediate_size
                 values += attention + (2 * hidden + 3 * inner if inner else 0)
@@ -145,11 +133,6 @@ class Activations:
         """Bytes that losses keep: of every prediction depth the gradients of its states and of the head's weight."""
         heads = 1 + self.model.num_nextn_predict_layers
         return heads * self.num_bytes * (self.tokens + self.model.vocab_size) * self.model.hidden_size
-
-    def _blocks_of(self, layers: Sequence[int], *, is_last: bool) -> list[int]:
-        """The layers of a stage, the last with those of multi-token prediction."""
-        main, depth = self.model.num_hidden_layers, self.model.num_nextn_predict_layers
-        return [*layers, *(range(main, main + depth) if is_last else ())]
 
     def _has(self, part: str) -> bool:
         return part in self.parallel.recompute
@@ -309,6 +292,7 @@ def live_moments(steps: Sequence[Step]) -> tuple[Live, ...]:
     moments: dict[Live, None] = {frozenset(): None}
     for step in steps:
         if isinstance(step, Overlapped):
+            assert step.backward.kind == Kind.BACKWARD, step
             pair = "pair", (step.forward.stage, step.backward.stage)
             moments[frozenset((+(live + Counter([pair]))).items())] = None
         for action in actions_of(step):

@@ -12,6 +12,7 @@ the two.
 
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 from typing import Literal
 
 import torch
@@ -28,6 +29,7 @@ from parallel.simulate import UNIT, simulate
 from parallel.stages import part_of_rank, split_layers
 from parallel.zero import BUCKET_ELEMENTS
 from pretrain.planning.activations import Activations, Live, Sizes, heaviest, live_moments
+from pretrain.planning.pairs import most_beside, turns
 
 GIB = 1 << 30
 DRIVER = GIB
@@ -265,7 +267,8 @@ def _activations(activations: Activations, pipeline: _Pipeline, place: int, *, d
     schedule = pipeline.schedule
     layers, last = split_layers(activations.model, schedule.num_stages), schedule.num_stages - 1
     stages = schedule.stages_of(place)
-    turns = {stage: activations.turns(layers[stage], is_last=stage == last) for stage in stages}
+    of_stages = {stage: turns(activations, layers[stage], is_last=stage == last) for stage in stages}
+    pairs = product(stages, stages)
     sizes = heaviest(
         pipeline.moments[place],
         {
@@ -274,7 +277,9 @@ def _activations(activations: Activations, pipeline: _Pipeline, place: int, *, d
                 (stage,): activations.deferred(layers[stage], is_last=stage == last) if defers else Sizes()
                 for stage in stages
             },
-            "pair": {(one, other): activations.pair(turns[one], turns[other]) for one in stages for other in stages},
+            "pair": {
+                (one, other): most_beside(of_stages[one].forward, of_stages[other].backward) for one, other in pairs
+            },
         },
     )
     return tuple(Part(name, sizes[name], what) for name, what in _WHAT.items() if sizes[name])

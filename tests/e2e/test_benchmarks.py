@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import PROJECT, write_dataset
+from support import PROJECT, read_metrics, write_dataset
 
 
 def run(*arguments: object, expect: int = 0) -> str:
@@ -53,6 +53,10 @@ def test_a_broken_scale_is_seen_by_the_comparison(tmp_path: Path) -> None:
     found = json.loads((out / "summary.json").read_text())
     assert found["planted"]["gap"] > 0.01 > abs(found["healthy"]["gap"])
     assert found["healthy"]["gap"] == found["FP8"]["gap"]
+    a, *others = (read_metrics(out / run) for run in ("a", "b", "planted/b"))
+    for other in others:
+        same = [one["loss"] == two["loss"] for one, two in zip(a, other, strict=True)]
+        assert same == [True] * 20 + [False] * 40, "all runs are one for the first steps"
     assert "passed: limit 1.0 %" in printed
     for folder in (out, out / "planted", out / "healthy"):
         assert (folder / "compare.svg").is_file()

@@ -138,6 +138,9 @@ CASES = {
     "ep4, one expert takes everything": layout(4, 1, ep=4, skew="one takes all", model={"n_group": 1, "topk_group": 1}),
     "ep2, a rank gets nothing": layout(2, 1, ep=2, skew="one rank gets nothing", model={"n_group": 1, "topk_group": 1}),
     "ep2 dualpipev on one stage pair": layout(2, 4, ep=2, schedule="dualpipev"),
+    "ep2 dualpipev, a rank gets nothing": layout(
+        2, 4, ep=2, schedule="dualpipev", skew="one rank gets nothing", model={"n_group": 1, "topk_group": 1}
+    ),
     "parts computed again": layout(1, 2, recompute=("norms", "mla_up", "swiglu")),
     "pp2 ep2 zbv, all computed again": layout(
         4, 4, pp=2, ep=2, schedule="zbv", model=DEEP, recompute=("norms", "mla_up", "swiglu", "block")

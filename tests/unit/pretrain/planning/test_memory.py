@@ -326,27 +326,3 @@ def test_rounded_weights_are_kept_twice() -> None:
     large = Fp8Config(recipe="block", parts=PARTS_ON_GPU, least_size=LEAST_SIZE_ON_GPU)
     assert rounded_weights(model, whole_model(model), large) == 2 * 3 * 2048 * 8192
     assert rounded_weights(model, whole_model(model), Fp8Config()) == 0
-
-
-def test_what_the_turns_of_a_pair_have() -> None:
-    """By hand: a dense layer of 5 and two with experts, of 2 and 3, go forward; two of 2 and 3 backward."""
-    sizes = Activations(model=small_model(), parallel=ParallelConfig(ep=2), num_bytes=2, micro_batch_size=2, seq_len=64)
-    forward = [Sizes(x=size) for size in (7, 0, 3, 2, 0, 3, 1)]
-    backward = [Sizes(x=size) for size in (2, 0, 3, 2, 0, 3, 1)]
-    #         freed: 1, 0, 3, 2, 0, 3, 2
-    # more than before: 6, 6, 6, 6, 6, 6, 5
-    assert sizes.pair(forward, backward)["x"] == 6
-    #         freed: 1, 0, 3, 2, 0, 3, 7
-    assert sizes.pair(backward, forward)["x"] == 1
-    assert sizes.pair(backward, [Sizes(x=11)]).total() == 0, "the backward pass has ended when the other begins"
-
-
-@pytest.mark.parametrize("ep", [1, 2])
-@pytest.mark.parametrize("recompute", [(), ("block",)])
-def test_turns_are_those_of_the_tape_and_make_a_stage(ep: int, recompute: tuple[Any, ...]) -> None:
-    model = small_model(num_hidden_layers=4, first_k_dense_replace=1, num_nextn_predict_layers=1)
-    parallel = ParallelConfig(ep=ep, recompute=recompute)
-    sizes = Activations(model=model, parallel=parallel, num_bytes=2, micro_batch_size=2, seq_len=64)
-    turns = sizes.turns(range(4), is_last=True)
-    assert sum(turns, Sizes()) == +sizes.stage(range(4), is_last=True)
-    assert len(turns) == (1 + 3 * 4 if ep > 1 and not recompute else 1)

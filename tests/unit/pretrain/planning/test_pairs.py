@@ -1,0 +1,71 @@
+"""What the passes of an overlapped pair keep, turn by turn."""
+
+from typing import Any
+
+import pytest
+from support import small_model
+
+from parallel.config import ParallelConfig
+from pretrain.planning.activations import Activations, Sizes
+from pretrain.planning.pairs import Turns, most_beside, turns
+
+
+def activations(**parallel: Any) -> Activations:
+    model = small_model(num_hidden_layers=4, first_k_dense_replace=1, num_nextn_predict_layers=2)
+    return Activations(
+        model=model,
+        parallel=ParallelConfig(**parallel),
+        num_bytes=2,
+        micro_batch_size=2,
+        seq_len=64,
+        masked_documents=True,
+    )
+
+
+@pytest.mark.parametrize("recompute", [(), ("block",)])
+@pytest.mark.parametrize("rounds", [{}, {"max_expert_rows": 40}])
+@pytest.mark.parametrize("ep", [1, 2])
+@pytest.mark.parametrize("is_last", [True, False])
+def test_turns_make_a_stage(is_last: bool, ep: int, rounds: dict[str, int], recompute: tuple[Any, ...]) -> None:
+    sizes = activations(ep=ep, recompute=recompute, **(rounds if ep > 1 else {}))
+    for part in turns(sizes, range(4), is_last=is_last):
+        assert +sum(part, Sizes()) == +sizes.stage(range(4), is_last=is_last)
+
+
+def test_what_is_left_and_freed_when() -> None:
+    """By hand: the order of `Chunk.forward`, and the other way round."""
+    sizes = activations(ep=2)
+    forward, backward = turns(sizes, range(4), is_last=True)
+    num_moe = 3 + 2
+    assert len(forward) == len(backward) == 1 + 3 * num_moe
+    experts = sizes.block(1)["routed experts"]
+    for passing in (forward, backward):
+        assert [turn["routed experts"] for turn in passing] == [0, *[0, experts, 0] * num_moe]
+        assert [turn.total() for turn in passing[1::3]] == [0] * num_moe
+    # The main head comes in the turn of the first prediction's attention, each prediction's after its own experts.
+    loss = sizes.loss() // 3
+    assert [turn["loss"] for turn in forward] == [0] * 9 + [loss, 0, 0, loss, 0, 0, loss]
+    assert [turn["loss"] for turn in backward] == [loss, 0, 0, loss, 0, 0, loss] + [0] * 9
+    mask = sizes.masks()["attention"]
+    assert forward[0]["attention"] == mask + 2 * sizes.block(0)["attention"]
+    assert backward[-1]["attention"] == mask + 2 * sizes.block(0)["attention"]
+
+
+def test_the_moment_with_most() -> None:
+    forward, backward = ([Sizes(x=size) for size in of] for of in ((4, 0, 3, 2, 0, 3, 1), (1, 0, 0, 6, 0, 2, 2)))
+    # More than before by turns: 3, 3, 6, 2, 2, 3, 2.
+    assert most_beside(forward, backward)["x"] == 6
+    # The other way round, 1 - 4, and no more than before at any time.
+    assert most_beside(backward, forward).total() == 0
+
+
+def test_passes_without_turns_run_one_after_the_other() -> None:
+    whole = activations().stage(range(4), is_last=False)
+    assert turns(activations(), range(4), is_last=False) == Turns([whole], [whole])
+    assert most_beside([whole], [whole]).total() == 0
+
+
+def test_rows_in_rounds_are_planned_as_if_nothing_were_freed() -> None:
+    sizes = activations(ep=2, max_expert_rows=40)
+    stage = turns(sizes, range(4), is_last=False)
+    assert most_beside(stage.forward, stage.backward) == +sizes.stage(range(4), is_last=False)
