@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NoReturn
@@ -180,14 +180,16 @@ class _Heartbeat:
         if lost:
             # Those found a round ago, and those that others have found since.
             if self._found:
-                self._decide("; ".join(dict.fromkeys(lost.splitlines())))
+                self._decide("; ".join(_first_of_each_rank(lost.splitlines())))
             self._found = lost.splitlines()
         last_words = self._last_words
         findings = [last_words] if last_words else []
+        # Ranks are often lost together: half the limit is enough for who comes after the first.
+        limit = self._pace.limit / 2 if lost else self._pace.limit
         for (rank, silence), value in zip(self._watched.items(), beats, strict=True):
-            if silence.look(value) >= self._pace.limit and value != ENDED:
+            if silence.look(value) >= limit and value != ENDED:
                 name = value.partition("|")[0] or "never seen"
-                findings.append(f"rank {rank} ({name}) has not answered for {self._pace.limit:g} s")
+                findings.append(f"rank {rank} ({name}) has not answered for {limit:g} s")
         for finding in findings:
             if finding not in self._found:
                 self._append("lost", f"{finding}\n")
@@ -220,6 +222,14 @@ class _Heartbeat:
         if not self._decided.is_set():
             self._verdict = f"{finding}; {REMEDY}"
             self._decided.set()
+
+
+def _first_of_each_rank(findings: Sequence[str]) -> list[str]:
+    """What was found first of each rank: "rank 3 (pid 7 on host) ..."."""
+    first: dict[str, str] = {}
+    for finding in findings:
+        first.setdefault(finding.partition(")")[0], finding)
+    return list(first.values())
 
 
 def _is_of_communication(error: BaseException) -> bool:

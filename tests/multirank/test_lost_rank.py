@@ -161,15 +161,17 @@ def test_the_rank_that_keeps_the_store_is_named(start: Callable[..., Ranks], num
         assert "has not answered for 2 s; the run cannot go on" in said
 
 
-def test_several_lost_ranks_are_all_named(start: Callable[..., Ranks]) -> None:
+@pytest.mark.parametrize("apart", [0.0, 0.3 * PACE.limit])
+def test_several_lost_ranks_are_all_named(start: Callable[..., Ranks], apart: float) -> None:
     ranks = start(reduce_all)
     for rank in (1, 2):
         ranks.send(rank, signal.SIGSTOP)
+        time.sleep(apart)
     for rank in (0, 3):
         ranks.processes[rank].join(WITHIN_S)
         assert ranks.processes[rank].exitcode == LOST_RANK_STATUS, ranks.said()
         for lost in (1, 2):
-            assert f"rank {lost} (pid {ranks.processes[lost].pid} on " in ranks.said()[rank]
+            assert ranks.said()[rank].count(f"rank {lost} (pid {ranks.processes[lost].pid} on ") == 1
 
 
 def fail_later(rank: int, number: int) -> None:
