@@ -104,8 +104,8 @@ class Tape:
         self, *tensors: Tensor, roots: Iterable[tuple[Tensor, float]] = (), weights_last: bool = False
     ) -> tuple[Tensor, ...]:
         """Ends a segment: returns its results as leaves. `roots` are further results, scalars, each with the constant
-        that is its gradient. With `weights_last` the segment begins with what arrived: the backward pass sends its
-        gradients before it computes those of weights."""
+        that is its gradient. With `weights_last` the backward pass computes gradients of weights when it has next sent
+        others, as a rule those of what arrived for the segment."""
         if not self.recording:
             return tuple(tensor.detach() for tensor in tensors)
         leaves = tuple(tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors)
@@ -154,8 +154,8 @@ class Tape:
         while self._records:
             record = self._records.pop()
             if isinstance(record, _Segment):
-                assert late is None
                 if record.weights_last:
+                    assert late is None
                     late = self._run_without_weights(record)
                 else:
                     _run_segment(record)
