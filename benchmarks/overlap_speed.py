@@ -2,12 +2,14 @@
 
     python benchmarks/overlap_speed.py --intervals overlap.json      # two GPUs, about a minute
     python benchmarks/overlap_speed.py --pp 2                        # four GPUs: two pipelines of two
+    python benchmarks/overlap_speed.py --ep 1                        # one GPU that sends rows to itself
     python benchmarks/overlap_speed.py --device cpu --rounds 2       # gloo, that it runs
 
 The same micro-batches forward and backward, without an optimizer: pairs of passes in turns, so that all-to-alls of one
 run beside the arithmetic of the other; the same schedule with the passes of a pair one after another, where nothing but
 weight gradients of experts lies beside their all-to-alls; and 1f1b. Losses and norms are compared first. Then one step
-of each is traced.
+of each is traced. Rows that a GPU sends to itself are copied: there is nothing to hide then, but how long no kernel
+runs tells whether the host keeps up.
 """
 
 import argparse
@@ -30,24 +32,27 @@ from quick_weights import draw_on_gpu
 from torch import distributed as dist
 from torch.profiler import ProfilerActivity, profile, record_function
 
+import parallel.build
 import parallel.executor
 from parallel.build import build_executor
 from parallel.chunk import LossWeights, MicroBatch
+from parallel.clock import Clock
 from parallel.config import ParallelConfig
+from parallel.dispatch import Dispatcher, Hop
 from parallel.launch import keep_compiled_kernels
 from parallel.mesh import Mesh, make_mesh
 from parallel.schedule import ScheduleName
 from parallel.tape import Steps, run_in_turns, run_to_end
 
 ROOT = Path(__file__).resolve().parents[1]
-EP = 2
 Pairing = Callable[[Steps[Any], Steps[Any]], Any]
 
 
 def main() -> None:
     """Starts the ranks, unless this is one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pp", type=int, default=1, help="stages of ranks: there are twice as many ranks")
+    parser.add_argument("--ep", type=int, choices=(1, 2), default=2, help="ranks that experts are on")
+    parser.add_argument("--pp", type=int, default=1, help="stages of so many ranks each")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--micro-batches", type=int, default=8)
     parser.add_argument("--micro-batch-size", type=int, default=2, help="sequences, of 4096 tokens on GPUs, else 128")
@@ -60,7 +65,7 @@ def main() -> None:
         run_rank(arguments)
         return
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(EP * arguments.pp), __file__, *sys.argv[1:]]
+    command += ["--nproc-per-node", str(arguments.ep * arguments.pp), __file__, *sys.argv[1:]]
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     raise SystemExit(subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}).returncode)
 
@@ -75,7 +80,9 @@ def run_rank(arguments: argparse.Namespace) -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl" if setting.device.type == "cuda" else "gloo")
     if setting.dtype == torch.bfloat16:
         draw_on_gpu()
-    mesh = make_mesh(layout(arguments, "dualpipev").mesh_shape(EP * arguments.pp))
+    if arguments.ep == 1:
+        parallel.build.make_dispatcher = to_itself
+    mesh = make_mesh(layout(arguments, "dualpipev").mesh_shape(arguments.ep * arguments.pp))
     sides = make_sides(arguments, mesh, setting)
     loss, norm, differences = compare(sides, setting)
     times = measure(sides, setting, arguments.rounds)
@@ -87,13 +94,19 @@ def run_rank(arguments: argparse.Namespace) -> None:
         print("\n".join(f"BUT {difference}" for difference in differences))
     if mesh.rank == 0 and arguments.intervals and traces[0]:
         share = measure_overlap(traces[0]).share
-        title = f"A pair of DualPipeV's main phase, EP {EP}, PP {arguments.pp}: {share:.0%} of all-to-all under compute"
+        of = f"A pair of DualPipeV's main phase, EP {arguments.ep}, PP {arguments.pp}"
+        title = f"{of}: {share:.0%} of all-to-all under compute"
         write_intervals(traces[0], title, arguments.intervals)
     dist.destroy_process_group()
 
 
 def layout(arguments: argparse.Namespace, schedule: ScheduleName) -> ParallelConfig:
-    return ParallelConfig(pp=arguments.pp, ep=EP, schedule=schedule, fp8_dispatch=arguments.fp8_dispatch)
+    return ParallelConfig(pp=arguments.pp, ep=arguments.ep, schedule=schedule, fp8_dispatch=arguments.fp8_dispatch)
+
+
+def to_itself(mesh: Mesh, num_experts: int, *, max_rows: int, fp8: bool, clock: Clock) -> Dispatcher:
+    """A way to experts that are all here, as if they were elsewhere."""
+    return Dispatcher([Hop(mesh.expert, num_experts)], group=mesh.expert, max_rows=max_rows, fp8=fp8, clock=clock)
 
 
 def make_sides(arguments: argparse.Namespace, mesh: Mesh, setting: Setting) -> list[Side]:
@@ -183,17 +196,20 @@ def print_table(
 ) -> None:
     name = torch.cuda.get_device_name() if setting.device.type == "cuda" else "CPU, gloo"
     variables = {key: value for key, value in os.environ.items() if key.startswith(("NCCL_", "TORCH_NCCL_"))}
-    print(f"\n{date.today()}, {EP * arguments.pp} x {name}, torch {torch.__version__}, EP {EP}, PP {arguments.pp}")
+    layout_name = f"EP {arguments.ep}, PP {arguments.pp}"
+    print(f"\n{date.today()}, {arguments.ep * arguments.pp} x {name}, torch {torch.__version__}, {layout_name}")
     print(f"{arguments.micro_batches} micro-batches of {setting.micro_batch_size} x {setting.seq_len} tokens")
     print(f"{setting.dtype}, rows in FP8: {arguments.fp8_dispatch}, {variables}\n")
     print("| side | ms a step | of the first | main phase ms | all-to-all ms | hidden | compute runs |")
     print("|---|---|---|---|---|---|---|")
     for side, taken, kernels in zip(sides, seconds, traces, strict=True):
         found = measure_overlap(kernels)
-        traced = "- | - | - | -"
+        phase, busy, exchange, hidden = "-", "-", "-", "-"
+        if found.phase:
+            phase, busy = f"{found.phase / 1e3:.1f}", f"{found.computing / found.phase:.1%}"
         if found.exchange:
-            busy = found.computing / found.phase
-            traced = f"{found.phase / 1e3:.1f} | {found.exchange / 1e3:.1f} | {found.share:.1%} | {busy:.1%}"
+            exchange, hidden = f"{found.exchange / 1e3:.1f}", f"{found.share:.1%}"
+        traced = f"{phase} | {exchange} | {hidden} | {busy}"
         print(f"| {side.name} | {1e3 * taken:.1f} | {taken / seconds[0]:.2f}x | {traced} |")
 
 
