@@ -60,3 +60,11 @@ def test_a_broken_scale_is_seen_by_the_comparison(tmp_path: Path) -> None:
     assert "passed: limit 1.0 %" in printed
     for folder in (out, out / "planted", out / "healthy"):
         assert (folder / "compare.svg").is_file()
+
+
+def test_sides_of_the_overlap_agree_where_rows_go_to_their_own_rank() -> None:
+    asked = ("benchmarks/overlap_speed.py", "--ep", 1, "--device", "cpu", "--rounds", 1, "--micro-batches", 4)
+    printed = run(*asked, "--micro-batch-size", 1)
+    assert "on all sides" in printed
+    assert "BUT" not in printed
+    assert printed.count("| pairs in turns") == 2
