@@ -7,7 +7,7 @@ pipe: the parent sees a worker die as the end of that pipe, and a worker sees it
 import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from multiprocessing import connection, get_context
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkProcess
@@ -18,6 +18,7 @@ from data.errors import DataError
 Report = Callable[[int], None]
 Work = Callable[[int, Report], None]
 _TICK_S = 0.5
+_STOP_SIGNALS = signal.SIGINT, signal.SIGTERM
 
 
 def run_work(make_work: Callable[[], Work], numbers: Sequence[int], processes: int, report: Report) -> None:
@@ -33,8 +34,9 @@ def run_work(make_work: Callable[[], Work], numbers: Sequence[int], processes: i
         for _ in range(min(processes, len(numbers))):
             ours, theirs = get_context("fork").Pipe()
             worker = get_context("fork").Process(target=_serve, args=(make_work, theirs, [*workers, ours]), daemon=True)
-            worker.start()
-            workers[ours] = worker
+            with _held():
+                worker.start()
+                workers[ours] = worker
             theirs.close()
             _give(ours, waiting, workers)
         while workers:
@@ -46,6 +48,16 @@ def run_work(make_work: Callable[[], Work], numbers: Sequence[int], processes: i
             worker.kill()
             worker.join()
             ours.close()
+
+
+@contextmanager
+def _held() -> Iterator[None]:
+    """Signals that ask for a stop come after the block, and to a process forked in it when it says so."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
 
 
 def _take(ours: Connection, waiting: Iterator[int], workers: dict[Connection, ForkProcess], report: Report) -> None:
@@ -83,8 +95,9 @@ def _serve(make_work: Callable[[], Work], theirs: Connection, inherited: list[Co
     for ours in inherited:
         ours.close()
     # Sent to the whole process group, they are for the parent to answer.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for each in _STOP_SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
     try:
         work = make_work()
         while (number := _next_number(theirs)) is not None:

@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from text_corpora import bytes_of, code_like, make_files, make_hugging_face, make_tokenizer, prepare_simply, texts_of
 
-from data import sources
+from data import sources, workers
 from data.errors import DataError
 from data.merge import text_hash
 from data.prepare import PrepareOptions, prepare
@@ -316,6 +317,19 @@ def test_work_is_done_once_and_reported() -> None:
         reports: list[int] = []
         run_work(make_work, [0, 2, 3, 5], processes, reports.append)
         assert sorted(amount for amount in reports if amount) == [1, 100, 1000, 100_000]
+
+
+def test_a_signal_finds_no_worker_before_it_ignores_signals(monkeypatch: pytest.MonkeyPatch) -> None:
+    serve = workers._serve
+
+    def interrupted(*arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        serve(*arguments)
+
+    monkeypatch.setattr(workers, "_serve", interrupted)
+    reports: list[int] = []
+    run_work(lambda: lambda number, report: report(number), [1, 2], 2, reports.append)
+    assert sorted(filter(None, reports)) == [1, 2]
 
 
 def test_worker_errors_come_through() -> None:
