@@ -53,11 +53,11 @@ def run_work(make_work: Callable[[], Work], numbers: Sequence[int], processes: i
 @contextmanager
 def _held() -> Iterator[None]:
     """Signals that ask for a stop come after the block, and to a process forked in it when it says so."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _take(ours: Connection, waiting: Iterator[int], workers: dict[Connection, ForkProcess], report: Report) -> None:

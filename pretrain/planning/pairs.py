@@ -29,20 +29,21 @@ def turns(activations: Activations, layers: Sequence[int], *, is_last: bool) -> 
         return Turns([whole], [whole] if not activations.copies else [Sizes(), whole])
     # By turns what comes before experts and the experts of a layer; at last what comes after all.
     parts = [activations.masks()]
-    main, *depths = activations.ends(is_last=is_last)
-    blocks = activations.blocks_of(layers, is_last=is_last)
-    ends = dict(zip(blocks[len(layers) :], depths, strict=True))
-    for place, index in enumerate(blocks):
-        if place == len(layers):
-            parts[-1].update(main)
+
+    def add_layer(index: int) -> None:
         kept = Sizes(activations.kept(index))
         experts = Sizes({"routed experts": kept.pop("routed experts", 0)})
         parts[-1].update(kept)
         if index in activations.model.moe_layers:
-            parts += [experts, Sizes()]
-        parts[-1].update(ends.get(index, Sizes()))
-    if not depths:
-        parts[-1].update(main)
+            parts.extend((experts, Sizes()))
+
+    main, *depths = activations.ends(is_last=is_last)
+    for index in layers:
+        add_layer(index)
+    parts[-1].update(main)
+    for index, end in zip(activations.blocks_of((), is_last=is_last), depths, strict=True):
+        add_layer(index)
+        parts[-1].update(end)
     again = _TURNS if "block" in activations.parallel.recompute else 0
     return Turns(_in_turns(parts, 0), _in_turns(parts[::-1], again))
 
