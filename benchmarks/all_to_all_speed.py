@@ -27,7 +27,8 @@ from torch import distributed as dist
 
 from model.packing import encode_rows
 from parallel.clock import Clock
-from parallel.transfer import AllToAll, Fp8AllToAll
+from parallel.peer_copies import PeerCopies, can_copy
+from parallel.transfer import AllToAll, Collectives, Fp8AllToAll, Traffic
 
 ROOT = Path(__file__).resolve().parents[1]
 REPETITIONS = 8
@@ -35,32 +36,41 @@ SLEEP_CYCLES = 10_000_000
 """About 5 ms, in which the host launches all repetitions."""
 Work = Callable[[], object]
 BF16_BYTES, FP8_BYTES = "NCCL, bytes of bf16 rows", "NCCL, bytes of FP8 rows"
-BESIDE = {BF16_BYTES: ("Eva, bf16",), FP8_BYTES: ("Eva, FP8", "Eva, FP8 with rounding and back")}
+BESIDE = {
+    BF16_BYTES: ("Eva, bf16", "Eva, bf16, copy engines"),
+    FP8_BYTES: ("Eva, FP8", "Eva, FP8 with rounding and back", "Eva, FP8, copy engines"),
+}
 """What is compared with each of NCCL's sides."""
 
 
-def sides(rows: int, width: int, device: torch.device) -> dict[str, tuple[Work, int]]:
+def sides(rows: int, width: int, device: torch.device, copies: PeerCopies | None) -> dict[str, tuple[Work, int]]:
     """What is timed, and how many bytes leave a rank for others."""
     group, size, clock = dist.group.WORLD, dist.get_world_size(), Clock(device)
     assert group is not None
+    traffic = Traffic([[rows] * size] * size, dist.get_rank())
     counts = [rows] * size
     x = torch.randn(rows * size, width, device=device, dtype=torch.bfloat16)
     packed = encode_rows(x)
     others = rows * (size - 1)
     bf16_row, fp8_row = x[0].nbytes, packed[0].nbytes
-    exchange, rounding = (kind(group, counts, counts, clock) for kind in (AllToAll, Fp8AllToAll))
+    exchange, rounding = (kind(Collectives(group), traffic, clock) for kind in (AllToAll, Fp8AllToAll))
 
     def plainly(bytes_a_row: int) -> Work:
         out, sent = (torch.empty(rows * size, bytes_a_row, dtype=torch.uint8, device=device) for _ in range(2))
         return lambda: dist.all_to_all_single(out, sent, counts, counts)
 
-    return {
+    works: dict[str, tuple[Work, int]] = {
         BF16_BYTES: (plainly(bf16_row), others * bf16_row),
         "Eva, bf16": (lambda: exchange.send(x).wait(), others * bf16_row),
         FP8_BYTES: (plainly(fp8_row), others * fp8_row),
         "Eva, FP8": (lambda: exchange.send(packed).wait(), others * fp8_row),
         "Eva, FP8 with rounding and back": (lambda: rounding.send(x).wait(), others * fp8_row),
     }
+    if copies is not None:
+        copied = AllToAll(copies, traffic, clock)
+        works["Eva, bf16, copy engines"] = (lambda: copied.send(x).wait(), others * bf16_row)
+        works["Eva, FP8, copy engines"] = (lambda: copied.send(packed).wait(), others * fp8_row)
+    return works
 
 
 def measure(works: dict[str, tuple[Work, int]], device: torch.device, rounds: int) -> dict[str, list[float]]:
@@ -100,12 +110,15 @@ def run_rank(arguments: argparse.Namespace) -> None:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     lines = []
+    group = dist.group.WORLD
+    assert group is not None
+    copies = PeerCopies(group, device) if can_copy(group, device) else None
     for rows in arguments.rows:
-        works = sides(rows, arguments.width, device)
+        works = sides(rows, arguments.width, device, copies)
         times = measure(works, device, arguments.rounds)
         speeds = {name: size / median(times[name]) / 1e9 for name, (_, size) in works.items()}
         for plain, compared in BESIDE.items():
-            for name in (plain, *compared):
+            for name in (each for each in (plain, *compared) if each in works):
                 ratio = f"{speeds[name] / speeds[plain]:.2f}"
                 lines.append(f"| {rows} | {name} | {1e6 * median(times[name]):.0f} | {speeds[name]:.1f} | {ratio} |")
     if rank == 0:

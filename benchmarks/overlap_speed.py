@@ -43,6 +43,7 @@ from parallel.launch import keep_compiled_kernels
 from parallel.mesh import Mesh, make_mesh
 from parallel.schedule import ScheduleName
 from parallel.tape import Steps, run_in_turns, run_to_end
+from parallel.transfer import Collectives
 
 ROOT = Path(__file__).resolve().parents[1]
 Pairing = Callable[[Steps[Any], Steps[Any]], Any]
@@ -59,6 +60,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="(default: bf16 on GPUs)")
     parser.add_argument("--fp8-dispatch", action="store_true", help="rows on their way to experts in FP8")
+    parser.add_argument("--copy-engines", action="store_true", help="these carry rows, not NCCL")
     parser.add_argument("--intervals", type=Path, metavar="FILE", help="write the overlapped step, for overlap.py")
     arguments = parser.parse_args()
     if "RANK" in os.environ:
@@ -80,8 +82,6 @@ def run_rank(arguments: argparse.Namespace) -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl" if setting.device.type == "cuda" else "gloo")
     if setting.dtype == torch.bfloat16:
         draw_on_gpu()
-    if arguments.ep == 1:
-        parallel.build.make_dispatcher = to_itself
     mesh = make_mesh(layout(arguments, "dualpipev").mesh_shape(arguments.ep * arguments.pp))
     sides = make_sides(arguments, mesh, setting)
     loss, norm, differences = compare(sides, setting)
@@ -101,23 +101,35 @@ def run_rank(arguments: argparse.Namespace) -> None:
 
 
 def layout(arguments: argparse.Namespace, schedule: ScheduleName) -> ParallelConfig:
-    return ParallelConfig(pp=arguments.pp, ep=arguments.ep, schedule=schedule, fp8_dispatch=arguments.fp8_dispatch)
+    return ParallelConfig(
+        pp=arguments.pp,
+        ep=arguments.ep,
+        schedule=schedule,
+        fp8_dispatch=arguments.fp8_dispatch,
+        copy_engines=arguments.copy_engines,
+    )
 
 
-def to_itself(mesh: Mesh, num_experts: int, *, max_rows: int, fp8: bool, clock: Clock) -> Dispatcher:
+def to_itself(parallel: ParallelConfig, mesh: Mesh, num_experts: int, *, clock: Clock, **_: Any) -> Dispatcher:
     """A way to experts that are all here, as if they were elsewhere."""
-    return Dispatcher([Hop(mesh.expert, num_experts)], group=mesh.expert, max_rows=max_rows, fp8=fp8, clock=clock)
+    carrier = Collectives(mesh.expert)
+    hop = Hop(mesh.expert, num_experts, carrier, carrier)
+    return Dispatcher([hop], group=mesh.expert, clock=clock, fp8=parallel.fp8_dispatch)
 
 
 def make_sides(arguments: argparse.Namespace, mesh: Mesh, setting: Setting) -> list[Side]:
-    """The overlapped one first."""
+    """The overlapped one first. On one GPU there is one more, where rows stay where they are."""
     batches = micro_batches(setting, arguments.micro_batches)
     make = partial(make_side, arguments, mesh, setting, batches)
+    alone = [make("1f1b, no rows sent", "1f1b", run_in_turns)] if arguments.ep == 1 else []
+    if arguments.ep == 1:
+        parallel.build.make_dispatcher = to_itself
     return [
         make("pairs in turns", "dualpipev", run_in_turns),
         make("pairs one after another", "dualpipev", one_after_another),
         make("pairs in turns, once more", "dualpipev", run_in_turns),
         make("1f1b", "1f1b", run_in_turns),
+        *alone,
     ]
 
 
@@ -199,7 +211,8 @@ def print_table(
     layout_name = f"EP {arguments.ep}, PP {arguments.pp}"
     print(f"\n{date.today()}, {arguments.ep * arguments.pp} x {name}, torch {torch.__version__}, {layout_name}")
     print(f"{arguments.micro_batches} micro-batches of {setting.micro_batch_size} x {setting.seq_len} tokens")
-    print(f"{setting.dtype}, rows in FP8: {arguments.fp8_dispatch}, {variables}\n")
+    carried = "copy engines" if arguments.copy_engines else "collectives"
+    print(f"{setting.dtype}, rows in FP8: {arguments.fp8_dispatch}, carried by {carried}, {variables}\n")
     print("| side | ms a step | of the first | main phase ms | all-to-all ms | hidden | compute runs |")
     print("|---|---|---|---|---|---|---|")
     for side, taken, kernels in zip(sides, seconds, traces, strict=True):

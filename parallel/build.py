@@ -54,11 +54,10 @@ def build_model(
 
 def build_executor(model: Transformer, parallel: ParallelConfig, mesh: Mesh, *, defers: bool) -> Executor:
     """The pipeline over this rank's chunks."""
-    schedule, clock = placement(parallel), Clock(next(model.parameters()).device)
+    schedule, device = placement(parallel), next(model.parameters()).device
+    clock = Clock(device)
     layers = split_layers(model.config, schedule.num_stages)
-    dispatcher = make_dispatcher(
-        mesh, model.config.n_routed_experts, max_rows=parallel.max_expert_rows, fp8=parallel.fp8_dispatch, clock=clock
-    )
+    dispatcher = make_dispatcher(parallel, mesh, model.config.n_routed_experts, device=device, clock=clock)
     chunks = {
         stage: Chunk(
             model,

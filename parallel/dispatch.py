@@ -25,10 +25,12 @@ from torch import distributed as dist
 from model.experts import RoutedRows
 from model.permute import Copies, collect
 from parallel.clock import Clock
+from parallel.config import ParallelConfig
 from parallel.mesh import Mesh
+from parallel.peer_copies import PeerCopies
 from parallel.rows import Leaving, Members, count_leaving, pack_leaving
 from parallel.tape import Steps, Tape
-from parallel.transfer import AllToAll, Fp8AllToAll
+from parallel.transfer import AllToAll, Carrier, Collectives, Fp8AllToAll, Traffic
 
 Experts = Callable[[RoutedRows], Tensor]
 Count = Callable[[int, int], None]
@@ -37,10 +39,12 @@ Count = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Hop:
-    """The members of `group`, in order of rank, hold `num_experts` experts each."""
+    """The members of `group`, in order of rank, hold `num_experts` experts each; how rows and counts go to them."""
 
     group: dist.ProcessGroup
     num_experts: int
+    rows: Carrier
+    counts: Carrier
 
     @property
     def members(self) -> Members:
@@ -69,42 +73,45 @@ class Counts(NamedTuple):
 
 class Announcement:
     """Counts of what is `leaving`, on their way to the host. What is sent and received lives until the host has it, as
-    two streams use it."""
+    several streams use it."""
 
-    def __init__(self, leaving: Leaving, group: dist.ProcessGroup, stream: torch.cuda.Stream | None) -> None:
+    def __init__(self, leaving: Leaving, carrier: Carrier, stream: torch.cuda.Stream | None) -> None:
         self.leaving = leaving
+        number, place = leaving.members.number, leaving.members.place
         # All counts to each: gathering them would make a copy for every member.
-        self._sent = leaving.counts.repeat(leaving.members.number, 1, 1)
-        self._gathered = torch.empty_like(self._sent)
-        self._work = dist.all_to_all_single(self._gathered, self._sent, group=group, async_op=True)
+        self._sent = leaving.counts.repeat(number, 1, 1)
+        self._flight = carrier.launch(Traffic([[1] * number] * number, place), (self._sent,))
         self._copied: torch.cuda.Event | None = None
         if stream is not None:
-            # What is launched next waits for them, and so for what was sent before. If a product ran first, they would
-            # find no free multiprocessor until its end, and the host would have nothing left to run beside them.
-            self._work.wait()
+            if carrier.needs_multiprocessors:
+                # What is launched next waits for them, and so for what was sent before. If a product ran first, they
+                # would find no free multiprocessor until its end, and the host nothing left to run beside them.
+                self._flight.wait()
             # Another stream waits for it, in which nothing else is queued.
             with torch.cuda.stream(stream):
-                on_device = self._arrived()
-                self._on_host = torch.empty_like(on_device, device="cpu", pin_memory=True)
-                self._on_host.copy_(on_device, non_blocking=True)
+                self._arrived = self._arrive()
+                self._on_host = torch.empty_like(self._arrived, device="cpu", pin_memory=True)
+                self._on_host.copy_(self._arrived, non_blocking=True)
                 self._copied = torch.cuda.Event()
                 self._copied.record()
 
-    def _arrived(self) -> Tensor:
-        """[from, rows or choices, to] on the device, for the current stream, which waits for it."""
-        self._work.wait()
-        return self._gathered
+    def _arrive(self) -> Tensor:
+        """[from, rows or choices, to] on the device in the order of turn, for the current stream, which waits."""
+        (arrived,) = self._flight.wait()
+        return arrived
 
     def wait(self) -> Counts:
         """The counts on the host."""
         if self._copied is None:
-            return Counts(*self._arrived().cpu().unbind(1))
-        self._copied.synchronize()
-        return Counts(*self._on_host.unbind(1))
+            on_host = self._arrive().cpu()
+        else:
+            self._copied.synchronize()
+            on_host = self._on_host
+        return Counts(*self.leaving.members.in_order(on_host).unbind(1))
 
     def most_rows(self) -> Tensor:
         """The largest number of rows that arrive at any member, on the device."""
-        return self._arrived()[:, 0].sum(0).max()
+        return self._arrive()[:, 0].sum(0).max()
 
 
 class Dispatcher:
@@ -134,7 +141,7 @@ class Dispatcher:
     def _announce(self, hop: Hop, experts: Tensor) -> Announcement:
         if experts.device.type == "cuda" and self._stream is None:
             self._stream = torch.cuda.Stream(experts.device)
-        return Announcement(count_leaving(experts, hop.members), hop.group, self._stream)
+        return Announcement(count_leaving(experts, hop.members), hop.counts, self._stream)
 
     def run(
         self,
@@ -210,11 +217,9 @@ class Dispatcher:
         known, brings the results back as a leaf."""
 
         def part(tape: Tape, rows: Tensor, weights: Tensor) -> Steps[Tensor]:
-            choices_in_flight = AllToAll.send(exchange, choices)
-            transfer = tape.launch(exchange, rows, weights)
+            transfer = tape.launch(exchange, rows, weights, choices)
             yield
-            (experts,) = choices_in_flight.wait()
-            rows, weights = tape.arrive(transfer)
+            rows, weights, experts = tape.arrive(transfer)
             results = yield from work(tape, RoutedRows(rows, experts, weights, False, num_choices))
             (leaf,) = tape.cut(results, weights_last=True)
             transfer = tape.launch(exchange.reversed(), leaf)
@@ -240,23 +245,33 @@ class Dispatcher:
         members = announced.leaving.members
         place = members.place
         sizes = _sizes_of_rounds(counts.rows, self._count_rounds(counts, announced, bound) if bound else 1)
-        leaving, arriving = (members.in_turn(each, 1) for each in (sizes[:, place], sizes[:, :, place]))
+        leaving = members.in_turn(sizes[:, place], 1)
         copies, packed = pack_leaving(announced.leaving, routed.rows, routed.weights, leaving)
-        exchanges = [
-            self._exchange(hop.group, *pair, self._clock)
-            for pair in zip(leaving.tolist(), arriving.tolist(), strict=True)
-        ]
+        exchanges = [self._exchange(hop.rows, Traffic(rows, place), self._clock) for rows in sizes.tolist()]
         num_arriving, num_choices = (int(count[:, place].sum()) for count in counts)
         way = _Way(copies, tuple(leaving.sum(1).tolist()), num_arriving, num_choices, tuple(exchanges))
         return way, packed
 
 
-def make_dispatcher(mesh: Mesh, num_experts: int, *, max_rows: int, fp8: bool, clock: Clock) -> Dispatcher:
+def make_dispatcher(
+    parallel: ParallelConfig, mesh: Mesh, num_experts: int, *, device: torch.device, clock: Clock
+) -> Dispatcher:
     """The way to the `num_experts` experts of a layer: none, over an expert group, or over its nodes first."""
     nodes, ranks = dist.get_world_size(mesh.expert_node_peers), dist.get_world_size(mesh.expert_node)
-    hops = [Hop(mesh.expert_node_peers, num_experts // nodes), Hop(mesh.expert_node, num_experts // nodes // ranks)]
-    hops = [hop for hop in hops if dist.get_world_size(hop.group) > 1]
-    return Dispatcher(hops, group=mesh.expert, max_rows=max_rows, fp8=fp8, clock=clock)
+    hops = []
+    if nodes > 1:
+        between = Collectives(mesh.expert_node_peers)
+        hops.append(Hop(mesh.expert_node_peers, num_experts // nodes, between, between))
+    if ranks > 1:
+        rows: Carrier = Collectives(mesh.expert_node)
+        counts = rows
+        if parallel.copy_engines:
+            # Counts do not queue behind rows.
+            rows, counts = PeerCopies(mesh.expert_node, device), PeerCopies(mesh.expert_node, device)
+        hops.append(Hop(mesh.expert_node, num_experts // nodes // ranks, rows, counts))
+    return Dispatcher(
+        hops, group=mesh.expert, clock=clock, max_rows=parallel.max_expert_rows, fp8=parallel.fp8_dispatch
+    )
 
 
 def _sizes_of_rounds(counts: Tensor, num_rounds: int) -> Tensor:

@@ -28,6 +28,11 @@ class Members:
         before, own, after = values.split((self.place, 1, self.number - self.place - 1), dim)
         return torch.cat((own, before, after), dim)
 
+    def in_order(self, values: Tensor) -> Tensor:
+        """What members have along the first dimension, in their order, from that of their rows."""
+        own, before, after = values.split((1, self.place, self.number - self.place - 1))
+        return torch.cat((before, own, after))
+
 
 @dataclass(frozen=True)
 class Leaving:

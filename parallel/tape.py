@@ -17,6 +17,7 @@ Tensors that pass between segments are leaves. A leaf adds up the gradients of a
 
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -37,7 +38,7 @@ class Flight(Protocol):
 
 
 class Exchange(Protocol):
-    """A transfer between ranks, and the transfer of its gradients the other way."""
+    """A transfer between ranks, and the transfer of its gradients the other way, of those that have any."""
 
     def send(self, *tensors: Tensor) -> Flight:
         """Launches the transfer."""
@@ -60,10 +61,11 @@ class _Segment:
 
 @dataclass
 class Transfer:
-    """An exchange on the tape."""
+    """An exchange on the tape: which of its tensors have gradients, and those of them that were sent and arrived."""
 
     exchange: Exchange
     flight: Flight | None
+    have_gradients: tuple[bool, ...]
     sent: tuple[Tensor, ...]
     arrived: tuple[Tensor, ...] = field(default=())
     returning: Flight | None = None
@@ -119,8 +121,10 @@ class Tape:
         return leaves
 
     def launch(self, exchange: Exchange, *leaves: Tensor) -> Transfer:
-        """Launches the transfer of leaves."""
-        transfer = Transfer(exchange, exchange.send(*(leaf.detach() for leaf in leaves)), leaves)
+        """Launches the transfer of leaves, and of tensors that have no gradient."""
+        flight = exchange.send(*(leaf.detach() for leaf in leaves))
+        have_gradients = tuple(leaf.requires_grad for leaf in leaves)
+        transfer = Transfer(exchange, flight, have_gradients, tuple(compress(leaves, have_gradients)))
         if self.recording:
             self._records.append(_Launched(transfer))
         return transfer
@@ -132,11 +136,9 @@ class Tape:
         transfer.flight = None
         if not self.recording:
             return arrived
-        transfer.arrived = tuple(
-            tensor.requires_grad_(leaf.requires_grad) for tensor, leaf in zip(arrived, transfer.sent, strict=True)
-        )
+        transfer.arrived = tuple(tensor.requires_grad_() for tensor in compress(arrived, transfer.have_gradients))
         self._records.append(_Arrived(transfer))
-        return transfer.arrived
+        return arrived
 
     def run_twice(self, part: Part, *leaves: Tensor) -> Steps[Tensor]:
         """Runs part(tape, *leaves), a part of the forward pass that ends in a leaf, keeping nothing but its inputs; the
@@ -172,8 +174,7 @@ class Tape:
                     yield
                 assert record.transfer.returning is not None
                 for leaf, gradient in zip(record.transfer.sent, record.transfer.returning.wait(), strict=True):
-                    if leaf.requires_grad:
-                        leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
+                    leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
             else:
                 yield from self._run_again(record)
         assert late is None

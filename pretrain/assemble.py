@@ -15,6 +15,7 @@ from parallel.build import build_executor, build_model, shared_parameters
 from parallel.executor import Executor
 from parallel.launch import Place, gather_texts
 from parallel.mesh import Mesh, make_mesh
+from parallel.peer_copies import can_copy
 from parallel.zero import Optimizer, ZeroConfig, make_optimizer
 from pretrain.config import Config
 from pretrain.errors import SharedError, UserError
@@ -74,6 +75,11 @@ def assemble(config: Config, place: Place, stream: SampleStream) -> Assembly:
     torch.manual_seed(config.run.seed)
     parallel = config.parallel
     mesh = make_mesh(parallel.mesh_shape(place.world_size, node_size=place.node_size))
+    if parallel.copy_engines and not can_copy(mesh.expert_node, place.device):
+        raise UserError(
+            "parallel.copy_engines = true needs a GPU of its own for each rank that reaches those of all ranks of its "
+            "node, and ranks that see all of them; set it to false, and NCCL carries rows to experts"
+        )
     model = build_model(
         config.model,
         parallel,

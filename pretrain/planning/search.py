@@ -80,6 +80,7 @@ def _of_axes(config: Config, world_size: int, *, pp: int, cp: int, ep: int) -> I
                     recompute=recompute,
                     max_expert_rows=rows,
                     fp8_dispatch=given.fp8_dispatch and ep > 1,
+                    copy_engines=given.copy_engines and ep > 1,
                 )
             except ValueError:
                 continue
@@ -245,7 +246,17 @@ def describe_change(before: Config, after: Config, ranks: int, *, world_size: in
     words = [f"--world-size {ranks}"] if ranks != world_size else []
     if before.train.micro_batch_size != after.train.micro_batch_size:
         words.append(f"--set train.micro_batch_size={after.train.micro_batch_size}")
-    for name in ("pp", "ep", "cp", "schedule", "zero_stage", "max_expert_rows", "fp8_dispatch", "recompute"):
+    for name in (
+        "pp",
+        "ep",
+        "cp",
+        "schedule",
+        "zero_stage",
+        "max_expert_rows",
+        "fp8_dispatch",
+        "copy_engines",
+        "recompute",
+    ):
         value = getattr(after.parallel, name)
         if getattr(before.parallel, name) != value:
             words.append(f"--set parallel.{name}={_as_argument(value)}")

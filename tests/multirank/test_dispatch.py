@@ -1,6 +1,7 @@
 """How rows travel: once to each rank, once to each node, never more than the bound at once, and in FP8 if asked."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from torch import distributed as dist
 from model.experts import RoutedRows
 from model.packing import decode_rows, encode_rows
 from parallel.clock import Clock
+from parallel.config import ParallelConfig
 from parallel.dispatch import Dispatcher, make_dispatcher
 from parallel.mesh import MeshShape, make_mesh
-from parallel.tape import Tape, run_to_end
-from parallel.transfer import AllToAll
+from parallel.tape import Flight, Tape, run_to_end
+from parallel.transfer import AllToAll, Collectives, Traffic
 
 WORLD, NUM_EXPERTS, WIDTH, TOKENS = 4, 8, 160, 13
 
@@ -32,13 +34,18 @@ def choices(rank: int, skew: bool) -> Tensor:
 def travel(rank: int, node_size: int, max_rows: int, fp8: bool, skew: bool) -> dict[str, Any]:
     """Experts multiply by their number + 1, so that what should come back is known."""
     mesh = make_mesh(MeshShape(world_size=WORLD, ep=WORLD, node_size=node_size))
-    dispatcher: Dispatcher = make_dispatcher(
-        mesh, NUM_EXPERTS, max_rows=max_rows, fp8=fp8, clock=Clock(torch.device("cpu"))
-    )
+    parallel, cpu = ParallelConfig(ep=WORLD, max_expert_rows=max_rows, fp8_dispatch=fp8), torch.device("cpu")
+    dispatcher: Dispatcher = make_dispatcher(parallel, mesh, NUM_EXPERTS, device=cpu, clock=Clock(cpu))
     arrived: list[int] = []
-    sent: list[tuple[int, ...]] = []
-    send = AllToAll.send
-    AllToAll.send = lambda self, *tensors: sent.append(tuple(self._leaving)) or send(self, *tensors)
+    sent: list[list[int]] = []
+    launch = Collectives.launch
+
+    def watched(self: Collectives, traffic: Traffic, tensors: Sequence[Tensor]) -> Flight:
+        if len(tensors) > 1:  # not counts
+            sent.append(traffic.leaving(traffic.place))
+        return launch(self, traffic, tensors)
+
+    Collectives.launch = watched
     first = rank * NUM_EXPERTS // WORLD
 
     def experts(routed: RoutedRows) -> Tensor:
@@ -87,9 +94,9 @@ def exchange(rank: int) -> None:
 
     dist.all_to_all_single = watched
     turn = [rank, *(member for member in range(WORLD) if member != rank)]
-    counts = [rank + member for member in turn]
+    traffic = Traffic([[start + end for end in range(WORLD)] for start in range(WORLD)], rank)
     assert dist.group.WORLD is not None
-    way = AllToAll(dist.group.WORLD, counts, counts, Clock(torch.device("cpu")))
+    way = AllToAll(Collectives(dist.group.WORLD), traffic, Clock(torch.device("cpu")))
 
     def rows(pairs: list[tuple[int, int]]) -> Tensor:
         return torch.tensor([pair for pair in pairs for _ in range(sum(pair))]).view(-1, 2)
