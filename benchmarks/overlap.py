@@ -3,7 +3,8 @@
     python benchmarks/overlap.py intervals.json picture.svg       # what overlap_speed.py --intervals wrote
 
 The main phase is where pairs run, F of one micro-batch beside B of another: from the first compute kernel launched in a
-pair to the end of the last. An all-to-all is hidden where a compute kernel runs on another stream.
+pair to the end of the last. An all-to-all is hidden where a compute kernel runs on another stream. Its rows are carried
+by kernels of NCCL, or by copies within or between devices in a stream where no kernel runs.
 """
 
 import json
@@ -53,6 +54,7 @@ def read_trace(file: Path) -> list[Kernel]:
     pairs = sorted((event["ts"], event["ts"] + event["dur"]) for event in marks)
     threads = {event["tid"] for event in marks}
     launches = {event["args"].get("correlation"): event for event in events if event.get("cat") in _LAUNCHES}
+    computing = {_stream(event) for event in events if event.get("cat") == "kernel"}
     kernels = []
     for event in events:
         if event.get("cat") in _DEVICE:
@@ -60,8 +62,15 @@ def read_trace(file: Path) -> list[Kernel]:
             pair = -1 if launch is None else _place(pairs, launch["ts"])
             # Autograd launches from a thread of its own.
             forward = launch is None or launch["tid"] in threads
-            kernels.append(Kernel(event["ts"], event["ts"] + event["dur"], _kind(event, forward=forward), pair))
+            kind = _kind(event, forward=forward)
+            if event["cat"] == "gpu_memcpy" and _stream(event) not in computing:
+                kind = "all-to-all" if re.search("DtoD|PtoP", event["name"]) else "other transfer"
+            kernels.append(Kernel(event["ts"], event["ts"] + event["dur"], kind, pair))
     return sorted(kernels, key=lambda kernel: kernel.start)
+
+
+def _stream(event: dict[str, Any]) -> Any:
+    return event.get("args", {}).get("stream")
 
 
 def _place(intervals: Sequence[Interval], moment: float) -> int:

@@ -1,13 +1,14 @@
 """How long training waits for a checkpoint of a large model that is saved in the background, and that it loads.
 
     python benchmarks/save_stall.py --data runs/data --folder /dev/shm                     # two GPUs, about 2 minutes
+    python benchmarks/save_stall.py --data runs/data --folder /dev/shm --ranks 1           # one, which saves it all
     python benchmarks/save_stall.py --data DATA --config configs/tiny.toml --folder /tmp   # without GPUs
 
-Two data ranks train configs/dsv3_2b.toml with ZeRO 1 and `checkpoint.async`; after some steps they save, train on while
+Data ranks train configs/dsv3_2b.toml with ZeRO 1 and `checkpoint.async`; after some steps they save, train on while
 the disk writes, and save again. The stall is the time that `save` takes; the first waits for the thread that takes and
 pins memory of the host from the start on, if it is not done. Goal: at most 1 s. Then one process alone resumes from the
-last checkpoint and makes a step, whose loss is to be that of the two ranks. And on the CPU all checksums are verified,
-and tensors read whose sums in fp64 are to be those that the two ranks had.
+last checkpoint and makes a step, whose loss is to be that of all ranks. And on the CPU all checksums are verified,
+and tensors read whose sums in fp64 are to be those that the ranks had.
 """
 
 import argparse
@@ -44,12 +45,13 @@ STEPS_BEFORE, MOST_STEPS_BETWEEN = 3, 200
 
 
 def main() -> None:
-    """Saves with two ranks, resumes with one, and reads on the CPU."""
+    """Saves with some ranks, resumes with one, and reads on the CPU."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, metavar="DIR")
     parser.add_argument("--folder", type=Path, required=True, help="where there is room for a checkpoint or two")
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "dsv3_2b.toml")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--ranks", type=int, default=2, help="that save (default: 2)")
     parser.add_argument("--micro-batch-size", type=int, default=4)
     parser.add_argument("--limit", type=float, default=240, help="seconds that each of the two parts may take")
     arguments = parser.parse_args()
@@ -59,12 +61,10 @@ def main() -> None:
         return
     print(f"{disk_usage(arguments.folder).free / 1e9:.0f} GB free in {arguments.folder}", file=sys.stderr)
     with TemporaryDirectory(dir=arguments.folder) as folder:
-        found = {part: launch(part, ranks, arguments.limit, Path(folder)) for part, ranks in PARTS.items()}
+        parts = {"save": arguments.ranks, "resume": 1}
+        found = {part: launch(part, ranks, arguments.limit, Path(folder)) for part, ranks in parts.items()}
         print(f"\n{date.today()}, torch {torch.__version__}, {arguments.config.stem}, {arguments.folder}")
-        report(found, Path(folder))
-
-
-PARTS = {"save": 2, "resume": 1}
+        report(found, arguments.ranks, Path(folder))
 
 
 def launch(part: str, num_ranks: int, limit: float, folder: Path) -> dict[str, Any] | None:
@@ -93,7 +93,7 @@ def run_rank(arguments: argparse.Namespace, work: Callable[[Assembly], dict[str,
         "checkpoint.async=true",
         "checkpoint.keep=1",
         f"train.micro_batch_size={arguments.micro_batch_size}",
-        f"train.batch_size={2 * arguments.micro_batch_size}",
+        f"train.batch_size={arguments.ranks * arguments.micro_batch_size}",
         f'data.datasets=[{{ path = "{arguments.data}" }}]',
         *arguments.set,
     ]
@@ -180,12 +180,12 @@ def resume_alone(run: Assembly) -> dict[str, Any]:
     return {"seconds": taken, "step": state.step, "loss": loss}
 
 
-def report(found: dict[str, dict[str, Any] | None], folder: Path) -> None:
+def report(found: dict[str, dict[str, Any] | None], ranks: int, folder: Path) -> None:
     """What was found, and what the CPU reads."""
     saved, resumed = found["save"], found["resume"]
     if saved is None:
         raise SystemExit("nothing was saved")
-    print(f"2 x {saved['device']}, {saved['bytes'] / 1e9:.1f} GB\n")
+    print(f"{ranks} x {saved['device']}, {saved['bytes'] / 1e9:.1f} GB\n")
     print("| save | stall s | until it is on disk s |")
     print("|---|---|---|")
     for number, (stall, written) in enumerate(zip(saved["stalls"], saved["written"], strict=True)):
@@ -199,7 +199,7 @@ def report(found: dict[str, dict[str, Any] | None], folder: Path) -> None:
         print(
             f"one process alone: loaded step {resumed['step']} in {resumed['seconds']:.1f} s; relative gap of the next"
         )
-        print(f"loss to that of two ranks {gap:.1e} ({resumed['loss']:.6f}, {saved['loss']:.6f})")
+        print(f"loss to that of {ranks} rank{'s' * (ranks > 1)} {gap:.1e} ({resumed['loss']:.6f}, {saved['loss']:.6f})")
     began = time.perf_counter()
     reader = CheckpointReader(list_checkpoints(folder / "run")[-1])
     reader.verify()

@@ -12,6 +12,7 @@ for transfer n: an outbox has two parts, used in turn. All ranks launch the same
 NCCL. Outboxes grow, on all ranks together, when one is too small.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -29,6 +30,8 @@ from parallel.transfer import Traffic
 NUM_PARTS = 2
 ALIGNMENT, GRANULE = 1 << 8, 1 << 21
 """Bytes: what lies in an outbox begins at a multiple of the one, and one of its parts is a multiple of the other."""
+HEADROOM = 1.125
+"""As counts differ a little from one transfer to the next, an outbox that grows gets more than it needs by this."""
 READY, TAKEN = 0, 1
 
 
@@ -103,8 +106,7 @@ class PeerCopies:
         if NUM_PARTS * num_bytes > self._outboxes.num_bytes:
             # What others still take from the outbox here lives until they let go of it as well.
             self._stream.synchronize()
-            # An eighth more, as counts differ a little from one transfer to the next.
-            size = -(-num_bytes * 9 // 8 // GRANULE) * GRANULE
+            size = -(-round(HEADROOM * num_bytes) // GRANULE) * GRANULE
             self._outboxes = _Shared(NUM_PARTS * size, self._group, self._device)
 
     def _tell(self, what: int, member: int) -> None:
@@ -157,8 +159,9 @@ def can_copy(group: dist.ProcessGroup, device: torch.device) -> bool:
     here = f"{node()} {boot.read_text() if boot.exists() else ''}", device.type, device.index
     places: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(places, here, group=group)
-    # Where each rank sees one GPU alone, all of them call it the first, and nothing tells which can reach which.
-    reached = len({place[:2] for place in places}) == 1 and len(set(places)) == len(places) and device.type == "cuda"
+    # Ranks that each see one GPU alone all call it the first; torch refuses that, unless it is told otherwise.
+    distinct = len(set(places)) == len(places) or os.environ.get("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES") == "1"
+    reached = device.type == "cuda" and len({place[:2] for place in places}) == 1 and distinct
     reached = reached and all(
         torch.cuda.can_device_access_peer(device.index, index) for *_, index in places if index != device.index
     )

@@ -18,6 +18,7 @@ from model.config import ModelConfig
 from model.packing import packed_width
 from model.transformer import LOSS_CHUNK
 from parallel.config import ParallelConfig
+from parallel.peer_copies import HEADROOM, NUM_PARTS
 from parallel.schedule import Kind, Overlapped, Step, actions_of
 
 Sizes = Counter[str]
@@ -256,6 +257,16 @@ class Activations:
         choice = 2 * _FP32 + 2 * _INT64 + 1
         row = 4 * self.num_bytes * self.model.hidden_size + _INT64
         return copies * (row + choice * self.model.num_experts_per_tok)
+
+    @property
+    def outboxes(self) -> int:
+        """Bytes from which the copy engines of other GPUs take rows."""
+        if not self.parallel.copy_engines or not self.copies:
+            return 0
+        members = min(self.parallel.ep, self.node_size or self.parallel.ep)
+        rows = self.tokens * self.copies[-1] * (1 - 1 / members) / self.num_rounds
+        row = self.num_bytes * self.model.hidden_size + (_FP32 + _INT64) * self.model.num_experts_per_tok
+        return round(NUM_PARTS * HEADROOM * rows * row)
 
     def _round(self) -> int:
         """Bytes of one round of dispatch with all that comes of it."""

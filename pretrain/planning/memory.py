@@ -65,13 +65,15 @@ class Part:
 @dataclass(frozen=True)
 class Memory:
     """The memory of one rank: `held` all the time, `activations` until backward passes end, while `live` micro-batches
-    at most are alive (counted once a stage), `step` at the end; `on_host` bytes are in the CPU's memory."""
+    at most are alive (counted once a stage), `step` at the end; `on_host` bytes are in the CPU's memory, and `outboxes`
+    are not of the allocator."""
 
     held: tuple[Part, ...]
     activations: tuple[Part, ...]
     step: tuple[Part, ...]
     live: int = 1
     on_host: int = 0
+    outboxes: int = 0
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -87,8 +89,10 @@ class Memory:
     def allowance(self) -> tuple[Part, ...]:
         """What a device needs beside tensors."""
         gaps = round(FRAGMENTATION * self.peak)
+        outboxes = Part("outboxes", self.outboxes, "from which copy engines of others take rows")
         return (
             Part("driver and libraries", DRIVER, "with the channels of collectives"),
+            *((outboxes,) if self.outboxes else ()),
             Part("fragmentation", gaps, f"allowed for, {100 * FRAGMENTATION:g} % of the peak"),
         )
 
@@ -169,6 +173,7 @@ def rank_memories(
                 step=_step_buffers(sizes, division, device),
                 live=pipeline.peaks[place],
                 on_host=_optimizer_bytes(sizes, division) if division.offload else 0,
+                outboxes=activations.outboxes,
             )
         )
     return tuple(memories)

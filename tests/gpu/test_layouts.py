@@ -1,4 +1,5 @@
-"""Layouts over NCCL on two and on four GPUs against one: the same losses and norms."""
+"""Layouts on several GPUs against one: the same losses and norms. With fewer GPUs than two, what gloo can do: two ranks
+share one, but they cannot be a pipeline."""
 
 import json
 import subprocess
@@ -9,7 +10,7 @@ import pytest
 import torch
 from support import WIDE, read_metrics, start_processes, write_run
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 # As many layers as DualPipeV has stages on four ranks.
 DEEP = {**WIDE, "num_hidden_layers": 8}
@@ -17,6 +18,7 @@ ON_TWO = {
     "dp2": (),
     "ep2": ("parallel.ep=2",),
     "ep2 overlapped": ("parallel.ep=2", "parallel.schedule=dualpipev"),
+    "ep2 overlapped, by copy engines": ("parallel.ep=2", "parallel.schedule=dualpipev", "parallel.copy_engines=true"),
     "cp2": ("parallel.cp=2",),
     "pp2 1f1b": ("parallel.pp=2",),
     "pp2 zbv": ("parallel.pp=2", "parallel.schedule=zbv"),
@@ -29,6 +31,7 @@ ON_TWO = {
 ON_FOUR = {
     "dp4": (),
     "ep4": ("parallel.ep=4",),
+    "ep4, by copy engines": ("parallel.ep=4", "parallel.copy_engines=true"),
     "dp2 ep2 overlapped": ("parallel.ep=2", "parallel.schedule=dualpipev"),
     "cp2 ep2": ("parallel.cp=2", "parallel.ep=2"),
     "pp2 ep2 dualpipev": ("parallel.pp=2", "parallel.ep=2", "parallel.schedule=dualpipev"),
@@ -37,7 +40,9 @@ ON_FOUR = {
     "pp4 1f1b": ("parallel.pp=4",),
     "pp4 dualpipev": ("parallel.pp=4", "parallel.schedule=dualpipev"),
 }
-LAYOUTS = {2: ON_TWO, 4: ON_FOUR}
+ON_ONE = {name: overrides for name, overrides in ON_TWO.items() if "pp2" not in name}
+"""For two ranks that share a GPU."""
+LAYOUTS = {1: ON_ONE, 2: ON_TWO, 4: ON_FOUR}
 # In bf16 a rate at which rounding does not send two runs to different places.
 RATES = {"fp32": 1e-3, "bf16": 1e-4}
 STEPS = 6
@@ -48,10 +53,18 @@ COMMON = (
 LAUNCH_TIMEOUT_S = 240
 Pending = dict[str, list[str]]
 """Runs to make, by name, with what each overrides."""
+
+
+def is_for(num_gpus: int) -> bool:
+    """Whether layouts of so many GPUs are for this machine: those that share one only where no others can be had."""
+    number = torch.cuda.device_count()
+    return number == 1 if num_gpus == 1 else number >= num_gpus
+
+
 CASES = [
     pytest.param(
         num_gpus, dtype, name, id=f"{num_gpus}-{dtype}-{name}",
-        marks=pytest.mark.skipif(torch.cuda.device_count() < num_gpus, reason=f"needs {num_gpus} CUDA devices"),
+        marks=pytest.mark.skipif(not is_for(num_gpus), reason=f"{torch.cuda.device_count()} CUDA devices"),
     )
     for num_gpus, layouts in LAYOUTS.items() for dtype in RATES for name in layouts
 ]  # fmt: skip
@@ -95,7 +108,12 @@ def spread(alone: Runs, request: pytest.FixtureRequest) -> Runs:
         for dtype in RATES
         for name, overrides in LAYOUTS[num_gpus].items()
     }
-    return Runs(alone.config, alone.failures | train_in_turn(alone.config, pending, processes=num_gpus))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if num_gpus == 1:
+            monkeypatch.setenv("SHARED_GPU", "1")
+            monkeypatch.setenv("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
+        failures = train_in_turn(alone.config, pending, processes=max(num_gpus, 2))
+    return Runs(alone.config, alone.failures | failures)
 
 
 def settings(name: str, dtype: str) -> list[str]:
