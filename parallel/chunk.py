@@ -128,8 +128,7 @@ class Chunk:
         attended = block.attend(x, passing.context)
         residual, normed = attended.residual, attended.normed
         if attended.route is None or attended.stats is None:
-            shared = block.shared(normed)
-            return residual if shared is None else residual + shared
+            return (yield from self._run_dense(block, passing, tape, residual, normed))
         passing.outcome.add_load(block.index, attended.stats.load)
         passing.outcome.losses[2] += attended.stats.balance_loss.detach()
         passing.roots.append((attended.stats.balance_loss, passing.weights.balance))
@@ -145,6 +144,20 @@ class Chunk:
         routed = yield from self.dispatcher.run(tape, choices, announced, block.routed, at_once, add_rows)
         out = residual + routed.view_as(residual)
         return out if shared is None else out + shared
+
+    def _run_dense(self, block: Block, passing: _Pass, tape: Tape, residual: Tensor, normed: Tensor) -> Steps[Tensor]:
+        """The MLP of a layer without experts, in as many turns as experts take where rows travel."""
+        if self.dispatcher.travels:
+            residual, normed = tape.cut(residual, normed, roots=passing.roots)
+            passing.roots.clear()
+            yield from tape.pause()
+        shared = block.shared(normed)
+        out = residual if shared is None else residual + shared
+        if self.dispatcher.travels:
+            out = _cut(passing, tape, out)
+            yield from tape.pause()
+            yield from tape.pause()
+        return out
 
     def _losses(self, passing: _Pass, tape: Tape, x: Tensor, tokens: Tensor) -> Steps[None]:
         model, weights, outcome = self.model, passing.weights, passing.outcome

@@ -8,9 +8,9 @@ waited for, so whoever drives two of them in turns hides the transfers of one un
     attend ─ count ─ yield ─ launch ─ yield ─ experts ─ launch ─ yield ─ combine          forward
     combine ─ launch ─ yield ─ experts ─ launch ─ yield ─ their weights ─ yield ─ attend  backward
 
-Both have three turns a layer, or more, on all ranks alike, where rows go in hops or in rounds or a part is run again.
-What a turn launches is under way while the other pass has its turn; and when the host waits for counts, the device has
-the other's work to do.
+Both have three turns a layer, or more, on all ranks alike, where rows go in hops or in rounds or a part is run again;
+a layer without experts pauses as often, so that two passes stay side by side. What a turn launches is under way while
+the other pass has its turn; and when the host waits for counts, the device has the other's work to do.
 
 Tensors that pass between segments are leaves. A leaf adds up the gradients of all segments that use it.
 """
@@ -82,6 +82,11 @@ class _Arrived:
 
 
 @dataclass
+class _Pause:
+    """A turn for the other pass, in which nothing is under way."""
+
+
+@dataclass
 class _Again:
     """A part of the forward pass that is run again when its gradient is needed."""
 
@@ -100,7 +105,7 @@ class Tape:
     def __init__(self, *, recording: bool = True, weight_gradients: WeightGradients | None = None) -> None:
         self.recording = recording
         self._weight_gradients = weight_gradients
-        self._records: list[_Segment | _Launched | _Arrived | _Again] = []
+        self._records: list[_Segment | _Launched | _Arrived | _Pause | _Again] = []
 
     def cut(
         self, *tensors: Tensor, roots: Iterable[tuple[Tensor, float]] = (), weights_last: bool = False
@@ -140,6 +145,12 @@ class Tape:
         self._records.append(_Arrived(transfer))
         return arrived
 
+    def pause(self) -> Steps[None]:
+        """Ends a turn in both passes. To be called right after a cut."""
+        if self.recording:
+            self._records.append(_Pause())
+        yield
+
     def run_twice(self, part: Part, *leaves: Tensor) -> Steps[Tensor]:
         """Runs part(tape, *leaves), a part of the forward pass that ends in a leaf, keeping nothing but its inputs; the
         backward pass runs it again, transfers included."""
@@ -175,6 +186,8 @@ class Tape:
                 assert record.transfer.returning is not None
                 for leaf, gradient in zip(record.transfer.sent, record.transfer.returning.wait(), strict=True):
                     leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
+            elif isinstance(record, _Pause):
+                yield
             else:
                 yield from self._run_again(record)
         assert late is None

@@ -27,34 +27,32 @@ def turns(activations: Activations, layers: Sequence[int], *, is_last: bool) -> 
     if not activations.copies or activations.num_rounds > 1:
         whole = activations.stage(layers, is_last=is_last)
         return Turns([whole], [whole] if not activations.copies else [Sizes(), whole])
-    # By turns what comes before experts and the experts of a layer; at last what comes after all.
-    parts = [activations.masks()]
+    # What comes before the second half of each layer, and after the last; and these halves: whether experts, and what.
+    between, halves = [activations.masks()], list[tuple[bool, Sizes]]()
 
     def add_layer(index: int) -> None:
-        kept = Sizes(activations.kept(index))
-        experts = Sizes({"routed experts": kept.pop("routed experts", 0)})
-        parts[-1].update(kept)
-        if index in activations.model.moe_layers:
-            parts.extend((experts, Sizes()))
+        kept, is_moe = Sizes(activations.kept(index)), index in activations.model.moe_layers
+        name = "routed experts" if is_moe else "other MLPs"
+        halves.append((is_moe, Sizes({name: kept.pop(name, 0)})))
+        between[-1].update(kept)
+        between.append(Sizes())
 
     main, *depths = activations.ends(is_last=is_last)
     for index in layers:
         add_layer(index)
-    parts[-1].update(main)
+    between[-1].update(main)
     for index, end in zip(activations.blocks_of((), is_last=is_last), depths, strict=True):
         add_layer(index)
-        parts[-1].update(end)
+        between[-1].update(end)
+    forward, backward = [between[0]], [between[-1]]
+    for (is_moe, half), after in zip(halves, between[1:], strict=True):
+        # Experts begin when rows have arrived.
+        forward += [Sizes(), half, after] if is_moe else [half, Sizes(), after]
     again = _TURNS if "block" in activations.parallel.recompute else 0
-    return Turns(_in_turns(parts, 0), _in_turns(parts[::-1], again))
-
-
-def _in_turns(parts: Sequence[Sizes], again: int) -> list[Sizes]:
-    """Of each layer: nothing in the turns that compute it `again`; nothing while rows leave, or their gradients; its
-    experts; the rest, with what comes before the next."""
-    made = [parts[0]]
-    for experts, rest in zip(parts[1::2], parts[2::2], strict=True):
-        made += [*(Sizes() for _ in range(again + 1)), experts, rest]
-    return made
+    for (_, half), before in zip(halves[::-1], between[-2::-1], strict=True):
+        # A layer that is computed again gives nothing back meanwhile, nor while gradients of results are under way.
+        backward += [*(Sizes() for _ in range(again + 1)), half, before]
+    return Turns(forward, backward)
 
 
 def most_beside(forward: Sequence[Sizes], backward: Sequence[Sizes]) -> Sizes:

@@ -36,19 +36,20 @@ def test_what_is_left_and_freed_when() -> None:
     """By hand: the order of `Chunk.forward`, and the other way round."""
     sizes = activations(ep=2)
     forward, backward = turns(sizes, range(4), is_last=True)
-    num_moe = 3 + 2
-    assert len(forward) == len(backward) == 1 + 3 * num_moe
-    experts = sizes.block(1)["routed experts"]
-    for passing in (forward, backward):
-        assert [turn["routed experts"] for turn in passing] == [0, *[0, experts, 0] * num_moe]
-        assert [turn.total() for turn in passing[1::3]] == [0] * num_moe
+    num_dense, num_moe = 1, 3 + 2
+    assert len(forward) == len(backward) == 1 + 3 * (num_dense + num_moe)
+    experts, mlp = sizes.block(1)["routed experts"], sizes.block(0)["other MLPs"]
+    assert [turn["routed experts"] for turn in forward] == [0] * 4 + [0, experts, 0] * num_moe
+    assert [turn["routed experts"] for turn in backward] == [0] + [0, experts, 0] * num_moe + [0] * 3
+    # The dense MLP has the second turn of its layer in both passes; while rows are under way nothing is left or freed.
+    assert forward[1] == backward[-2] == Sizes({"other MLPs": mlp})
+    assert [turn.total() for turn in (forward[2], *forward[4::3], *backward[1::3])] == [0] * (2 * num_moe + 2)
     # The main head comes in the turn of the first prediction's attention, each prediction's after its own experts.
     loss = sizes.loss() // 3
-    assert [turn["loss"] for turn in forward] == [0] * 9 + [loss, 0, 0, loss, 0, 0, loss]
-    assert [turn["loss"] for turn in backward] == [loss, 0, 0, loss, 0, 0, loss] + [0] * 9
+    assert [turn["loss"] for turn in forward] == [0] * 12 + [loss, 0, 0, loss, 0, 0, loss]
+    assert [turn["loss"] for turn in backward] == [loss, 0, 0, loss, 0, 0, loss] + [0] * 12
     mask = sizes.masks()["attention"]
-    assert forward[0]["attention"] == mask + 2 * sizes.block(0)["attention"]
-    assert backward[-1]["attention"] == mask + 2 * sizes.block(0)["attention"]
+    assert forward[0]["attention"] == backward[-1]["attention"] == mask + sizes.block(0)["attention"]
 
 
 def test_the_moment_with_most() -> None:
