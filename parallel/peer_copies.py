@@ -5,8 +5,8 @@ rank lays out what leaves in its outbox, memory that the others of its group can
 Copies run on copy engines. What ranks tell one another is a number, which one writes into the memory of another and a
 stream there waits for. So no kernel runs, and the host waits for nothing.
 
-    when n − 2 is taken by all: my outbox ← rows; to all others: n is ready
-    for each of the others: when its n is ready: rows ← its outbox; to it: n is taken
+    one stream:      when n − 2 is taken by all: my outbox ← rows; to all others: n is ready; what stays here
+    another stream:  for each of the others: when its n is ready: rows ← its outbox; to it: n is taken
 
 for transfer n: an outbox has two parts, used in turn. All ranks launch the same transfers in the same order, as for
 NCCL. Outboxes grow, on all ranks together, when one is too small.
@@ -45,56 +45,47 @@ class PeerCopies:
         self._size, self._place = dist.get_world_size(group), dist.get_rank(group)
         # Not all take from the same one at once.
         self._others = [(self._place + turn) % self._size for turn in range(1, self._size)]
-        self._stream = torch.cuda.Stream(device, priority=-1)
+        self._giving, self._taking = (torch.cuda.Stream(device, priority=-1) for _ in range(2))
         self._signals = _Shared(2 * self._size * 4, group, device)
         self._outboxes = _Shared(NUM_PARTS * GRANULE, group, device)
         self._number = 0
 
-    @property
-    def num_bytes(self) -> int:
-        """What this takes of the device's memory; torch's allocator does not count it."""
-        return self._outboxes.num_bytes
-
     def launch(self, traffic: Traffic, tensors: Sequence[Tensor]) -> Flight:
         """Launches the transfer of tensors [rows, ...], all of as many rows."""
-        sent = [tensor.contiguous() for tensor in tensors]
-        widths = [tensor.element_size() * prod(tensor.shape[1:]) for tensor in sent]
-        num_arriving = sum(rows[self._place] for rows in traffic.rows)
-        arrived = tuple(tensor.new_empty(num_arriving, *tensor.shape[1:]) for tensor in sent)
-        layouts = [_lay_out(sum(traffic.leaving(member)[1:]), widths) for member in range(self._size)]
-        self._make_room(max(end for *_, end in layouts))
+        goods = _Goods(traffic, tensors)
+        self._make_room(max(end for *_, end in goods.layouts))
         self._number += 1
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        self._give(traffic, sent, widths, layouts[self._place])
-        own = traffic.rows[self._place][self._place]
-        for tensor, out, width in zip(sent, arrived, widths, strict=True):
-            self._copy(out.data_ptr(), tensor.data_ptr(), own * width)
+        current = torch.cuda.current_stream(self._device)
+        for stream in (self._giving, self._taking):
+            stream.wait_stream(current)
+        self._give(goods)
         for member in self._others:
-            self._take(traffic, member, arrived, widths, layouts[member])
-        return _InCopies(sent, arrived, self._stream.record_event())
+            self._take(goods, member)
+        self._taking.wait_stream(self._giving)
+        return _InCopies(goods.sent, goods.arrived, self._taking.record_event())
 
-    def _give(self, traffic: Traffic, sent: Sequence[Tensor], widths: Sequence[int], layout: Sequence[int]) -> None:
-        """Lays out what leaves."""
+    def _give(self, goods: "_Goods") -> None:
+        """Lays out what leaves; then copies what stays, while others take."""
         for member in self._others:
-            self._wait(TAKEN, member, self._number - NUM_PARTS)
-        own, *leaving = traffic.leaving(self._place)
-        for tensor, width, begin in zip(sent, widths, layout, strict=False):
-            self._copy(self._part_of(self._place) + begin, tensor.data_ptr() + own * width, sum(leaving) * width)
+            self._wait(TAKEN, member, self._number - NUM_PARTS, self._giving)
+        own, *leaving = goods.traffic.leaving(self._place)
+        begin = self._part_of(self._place)
+        for tensor, width, offset in zip(goods.sent, goods.widths, goods.layouts[self._place], strict=False):
+            _copy(begin + offset, tensor.data_ptr() + own * width, sum(leaving) * width, self._giving)
         for member in self._others:
-            self._tell(READY, member)
+            self._tell(READY, member, self._giving)
+        for tensor, arrived, width in zip(goods.sent, goods.arrived, goods.widths, strict=True):
+            _copy(arrived.data_ptr(), tensor.data_ptr(), own * width, self._giving)
 
-    def _take(
-        self, traffic: Traffic, member: int, arrived: Sequence[Tensor], widths: Sequence[int], layout: Sequence[int]
-    ) -> None:
+    def _take(self, goods: "_Goods", member: int) -> None:
         """Takes what a member has laid out for this one."""
-        self._wait(READY, member, self._number)
-        num_rows, before = traffic.rows[member][self._place], _rows_before(traffic, member, self._place)
-        way_back = traffic.reversed()
-        here = way_back.rows[self._place][self._place] + _rows_before(way_back, self._place, member)
-        for out, width, begin in zip(arrived, widths, layout, strict=False):
-            there = self._part_of(member) + begin + before * width
-            self._copy(out.data_ptr() + here * width, there, num_rows * width)
-        self._tell(TAKEN, member)
+        self._wait(READY, member, self._number, self._taking)
+        num_rows = goods.traffic.rows[member][self._place]
+        before, here = goods.rows_before(member)
+        begin = self._part_of(member)
+        for arrived, width, offset in zip(goods.arrived, goods.widths, goods.layouts[member], strict=False):
+            _copy(arrived.data_ptr() + here * width, begin + offset + before * width, num_rows * width, self._taking)
+        self._tell(TAKEN, member, self._taking)
 
     def _part_of(self, member: int) -> int:
         """The address of the part of a member's outbox that is in turn."""
@@ -105,22 +96,46 @@ class PeerCopies:
         """Sees that each part of an outbox has so many bytes, which are the same on all ranks."""
         if NUM_PARTS * num_bytes > self._outboxes.num_bytes:
             # What others still take from the outbox here lives until they let go of it as well.
-            self._stream.synchronize()
+            self._taking.synchronize()
             size = -(-round(HEADROOM * num_bytes) // GRANULE) * GRANULE
             self._outboxes = _Shared(NUM_PARTS * size, self._group, self._device)
 
-    def _tell(self, what: int, member: int) -> None:
+    def _tell(self, what: int, member: int, stream: torch.cuda.Stream) -> None:
         address = self._signals.addresses[member] + 4 * (what * self._size + self._place)
-        _done(_driver().cuStreamWriteValue32(self._stream.cuda_stream, address, self._number & 0xFFFFFFFF, 0))
+        _done(_driver().cuStreamWriteValue32(stream.cuda_stream, address, self._number & 0xFFFFFFFF, 0))
 
-    def _wait(self, what: int, member: int, number: int) -> None:
+    def _wait(self, what: int, member: int, number: int, stream: torch.cuda.Stream) -> None:
         """Until a member has told the number or a later one, which the driver compares as integers that wrap round."""
         address = self._signals.addresses[self._place] + 4 * (what * self._size + member)
-        _done(_driver().cuStreamWaitValue32(self._stream.cuda_stream, address, max(number, 0) & 0xFFFFFFFF, 0))
+        _done(_driver().cuStreamWaitValue32(stream.cuda_stream, address, max(number, 0) & 0xFFFFFFFF, 0))
 
-    def _copy(self, to: int, source: int, num_bytes: int) -> None:
-        if num_bytes:
-            _done(_driver().cuMemcpyDtoDAsync(to, source, num_bytes, self._stream.cuda_stream))
+
+class _Goods:
+    """What a transfer brings: `sent` and `arrived`, tensors of `widths` bytes a row, and the layout of each member's
+    outbox: where tensors begin, and where the last ends."""
+
+    def __init__(self, traffic: Traffic, tensors: Sequence[Tensor]) -> None:
+        self.traffic, self.sent = traffic, [tensor.contiguous() for tensor in tensors]
+        self._arriving = traffic.reversed()
+        size = sum(self._arriving.rows[traffic.place])
+        self.arrived = tuple(tensor.new_empty(size, *tensor.shape[1:]) for tensor in tensors)
+        self.widths = [tensor.element_size() * prod(tensor.shape[1:]) for tensor in tensors]
+        self.layouts = [self._lay_out(member) for member in range(len(traffic.rows))]
+
+    def _lay_out(self, member: int) -> list[int]:
+        _, *leaving = self.traffic.leaving(member)
+        begins = [0]
+        for width in self.widths:
+            begins.append(-(-(begins[-1] + sum(leaving) * width) // ALIGNMENT) * ALIGNMENT)
+        return begins
+
+    def rows_before(self, member: int) -> tuple[int, int]:
+        """How many rows lie before those from a member: in its outbox, and among what arrived here."""
+        place = self.traffic.place
+        _, *there = self.traffic.leaving(member)
+        here = self._arriving.leaving(place)
+        # Both are in order of the other members.
+        return sum(there[: place - (member < place)]), sum(here[: 1 + member - (place < member)])
 
 
 @dataclass(frozen=True)
@@ -170,18 +185,9 @@ def can_copy(group: dist.ProcessGroup, device: torch.device) -> bool:
     return all(answers)
 
 
-def _lay_out(num_rows: int, widths: Sequence[int]) -> list[int]:
-    """Where tensors of so many rows of `widths` bytes begin in an outbox, and where the last ends."""
-    begins = [0]
-    for width in widths:
-        begins.append(-(-(begins[-1] + num_rows * width) // ALIGNMENT) * ALIGNMENT)
-    return begins
-
-
-def _rows_before(traffic: Traffic, member: int, to: int) -> int:
-    """How many rows leave a member for others than itself before those to `to`."""
-    rows = traffic.rows[member]
-    return sum(rows[:to]) - (rows[member] if member < to else 0)
+def _copy(to: int, source: int, num_bytes: int, stream: torch.cuda.Stream) -> None:
+    if num_bytes:
+        _done(_driver().cuMemcpyDtoDAsync(to, source, num_bytes, stream.cuda_stream))
 
 
 def _driver() -> Any:

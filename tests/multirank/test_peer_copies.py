@@ -1,0 +1,64 @@
+"""Rows by copy engines where streams are threads: what arrives is what was sent, whichever stream or rank is late.
+tests/gpu/test_peer_copies.py is the same on a GPU."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from copy_engines import use_in_this_process
+from peer_copies_ranks import bring_rows, travel
+from support import run_ranks
+from torch import distributed as dist
+
+from parallel.peer_copies import READY, TAKEN, PeerCopies, can_copy
+
+CPU = torch.device("cpu")
+
+
+def bring(rank: int, size: int, folder: Path, left_out: int | None) -> list[str]:
+    use_in_this_process(folder)
+    if left_out is not None:
+        leave_out(left_out)
+    assert dist.group.WORLD is not None
+    try:
+        bring_rows(PeerCopies(dist.group.WORLD, CPU), rank, size, CPU)
+        travel(dist.group.WORLD, rank, size, CPU)
+    except AssertionError as error:
+        return [str(error)]
+    return []
+
+
+def leave_out(wait_for: int) -> None:
+    """One kind of wait."""
+    wait = PeerCopies._wait
+
+    def some(self: PeerCopies, what: int, *others: Any) -> None:
+        if what != wait_for:
+            wait(self, what, *others)
+
+    PeerCopies._wait = some
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_what_arrives_is_what_was_sent(tmp_path: Path, size: int) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    assert run_ranks(size, bring, size, shared, None, folder=tmp_path) == [[]] * size
+
+
+@pytest.mark.parametrize("left_out", [READY, TAKEN])
+def test_a_wait_that_is_left_out_is_found_out(tmp_path: Path, left_out: int) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    found = run_ranks(2, bring, 2, shared, left_out, folder=tmp_path)
+    assert any("brought other rows" in said for rank in found for said in rank)
+
+
+def ask(rank: int) -> bool:
+    assert dist.group.WORLD is not None
+    return can_copy(dist.group.WORLD, CPU)
+
+
+def test_no_copy_engines_without_gpus(tmp_path: Path) -> None:
+    assert run_ranks(2, ask, folder=tmp_path) == [False, False]
