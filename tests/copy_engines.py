@@ -17,7 +17,7 @@ from torch import distributed as dist
 
 from parallel import peer_copies
 
-WAIT_S, MOST_LATE_S = 30.0, 0.002
+WAIT_S, MOST_LATE_S = 10.0, 0.002
 
 
 class Stream:

@@ -14,6 +14,8 @@ from torch import distributed as dist
 from parallel.peer_copies import READY, TAKEN, PeerCopies, can_copy
 
 CPU = torch.device("cpu")
+FAILED: list[AssertionError] = []
+"""Keeps the tensors of where they were raised, which a stream may still be writing."""
 
 
 def bring(rank: int, size: int, folder: Path, left_out: int | None) -> list[str]:
@@ -25,6 +27,7 @@ def bring(rank: int, size: int, folder: Path, left_out: int | None) -> list[str]
         bring_rows(PeerCopies(dist.group.WORLD, CPU), rank, size, CPU)
         travel(dist.group.WORLD, rank, size, CPU)
     except AssertionError as error:
+        FAILED.append(error)
         return [str(error)]
     return []
 
