@@ -1,12 +1,13 @@
 """Copies of tensors in memory of the host that is kept from one time to the next, pinned for those of a GPU.
 
-Memory that is new has to be found page by page, and pinned: seconds for every 10 GB. A thread does that, as early as
-`prepare` is called. It pins segment by segment, because meanwhile the driver launches no kernel.
+Memory that is new has to be found page by page, and pinned: seconds for every 10 GB. Threads do that, as early as
+`prepare` is called. One pins what others find, segment by segment, because meanwhile the driver launches no kernel.
 """
 
+import ctypes
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -16,6 +17,7 @@ from torch import Tensor
 _ALIGNMENT = 64
 _PAGE = 4096
 _SEGMENT = 2**28
+_FINDERS = 4
 
 
 class HostCopies:
@@ -83,6 +85,7 @@ class _Room:
         self.size, self._taken = size, _Taken()
         self._thread = threading.Thread(target=_take, args=(size, gpu, self._taken), daemon=True)
         self._thread.start()
+        weakref.finalize(self, _give_up, self._thread, self._taken)
         weakref.finalize(self, _give_back, self._thread, self._taken).atexit = False
 
     def wait(self) -> Tensor:
@@ -111,19 +114,49 @@ def _take(size: int, gpu: torch.device | None, taken: _Taken) -> None:
         room = memory[begin : begin + size]
         if gpu is not None:
             torch.cuda.set_device(gpu)
-        for segment in room.split(_SEGMENT):
-            if taken.given_up:
-                return
-            segment.zero_()
-            if gpu is not None and int(torch.cuda.cudart().cudaHostRegister(segment.data_ptr(), len(segment), 0)) == 0:
+        for segment in _found(room.split(_SEGMENT), taken):
+            if gpu is not None and _pin(segment):
                 taken.pinned.append(segment.data_ptr())
+        if taken.given_up:
+            return
         taken.room = room
     except Exception as error:
         taken.error = error
 
 
-def _give_back(thread: threading.Thread, taken: _Taken) -> None:
+def _found(segments: Sequence[Tensor], taken: _Taken) -> Iterator[Tensor]:
+    """Segments in order, once threads have had all their pages found; until it is given up, and no thread works on."""
+    events = [threading.Event() for _ in segments]
+
+    def find(first: int) -> None:
+        for segment, found in zip(segments[first::_FINDERS], events[first::_FINDERS], strict=True):
+            if not taken.given_up:
+                # torch would do it in threads of its own.
+                ctypes.memset(segment.data_ptr(), 0, len(segment))
+            found.set()
+
+    finders = [threading.Thread(target=find, args=(first,), daemon=True) for first in range(_FINDERS)]
+    for finder in finders:
+        finder.start()
+    for segment, found in zip(segments, events, strict=True):
+        found.wait()
+        if not taken.given_up:
+            yield segment
+    for finder in finders:
+        finder.join()
+
+
+def _pin(segment: Tensor) -> bool:
+    return int(torch.cuda.cudart().cudaHostRegister(segment.data_ptr(), len(segment), 0)) == 0
+
+
+def _give_up(thread: threading.Thread, taken: _Taken) -> None:
+    """At the end of the process, too, which a thread in the middle of its work may abort."""
     taken.given_up = True
     thread.join()
+
+
+def _give_back(thread: threading.Thread, taken: _Taken) -> None:
+    _give_up(thread, taken)
     for pointer in taken.pinned:
         torch.cuda.cudart().cudaHostUnregister(pointer)

@@ -1,7 +1,11 @@
 """Copies in memory of the host: the values, whatever their sizes, in room that is kept."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
+from support import PROJECT
 
 from pretrain.checkpoints import host_copies
 from pretrain.checkpoints.host_copies import HostCopies
@@ -46,3 +50,16 @@ def test_what_goes_wrong_in_the_thread_is_raised_by_the_copy(monkeypatch: pytest
         with pytest.raises(RuntimeError):
             copies.begin(tensors)
     assert torch.equal(copies.begin(tensors)["x"], tensors["x"])
+
+
+EARLY_END = """
+import torch
+from pretrain.checkpoints.host_copies import HostCopies
+copies = HostCopies()
+copies.prepare({"x": torch.empty(1 << 30, dtype=torch.uint8)})
+"""
+
+
+def test_a_process_ends_in_order_while_room_is_taken() -> None:
+    ended = subprocess.run([sys.executable, "-c", EARLY_END], capture_output=True, text=True, timeout=60, cwd=PROJECT)
+    assert (ended.returncode, ended.stderr) == (0, "")
