@@ -149,7 +149,9 @@ def draw_overlap(kernels: Sequence[Kernel], title: str, file: Path) -> None:
 
     pairs = sorted({each.pair for each in kernels if each.pair >= 0})
     shown = [each for each in kernels if each.pair == pairs[len(pairs) // 2]]
-    begin = min(each.start for each in shown)
+    begin, end = min(each.start for each in shown), max(each.end for each in shown)
+    # Of copies the trace does not say who launched them.
+    shown += [each for each in kernels if each.pair < 0 and begin <= each.start and each.end <= end]
     times = {
         kind: union(((each.start - begin) / 1e3, (each.end - begin) / 1e3) for each in shown if each.kind == kind)
         for kind in ("forward", "backward", "all-to-all")
