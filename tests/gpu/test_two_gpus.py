@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2,
 LAYOUTS = {
     "dp2": (),
     "ep2-overlapped": ("parallel.ep=2", "parallel.schedule=dualpipev"),
+    "ep2-by-copy-engines": ("parallel.ep=2", "parallel.schedule=dualpipev", "parallel.copy_engines=true"),
     "pp2-dualpipev": ("parallel.pp=2", "parallel.schedule=dualpipev"),
 }
 STEPS = 30
