@@ -16,7 +16,7 @@ from model.config import ModelConfig
 from model.experts import RoutedRows
 from model.transformer import Transformer
 from parallel.dispatch import Dispatcher
-from parallel.tape import Steps, Tape
+from parallel.tape import TURNS_A_LAYER, Steps, Tape, TurnCounts
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,15 @@ class Chunk:
     parts: SequenceParts | None = None
     recompute_blocks: bool = False
 
+    def count_turns(self, *, backward: bool) -> TurnCounts:
+        """Of a pass, where rows go in one hop and one round."""
+        if not self.dispatcher.travels:
+            return TurnCounts(0, 0)
+        depths = self.model.config.num_nextn_predict_layers if self.is_last else 0
+        with_experts = depths + len({*self.layers} & {*self.model.config.moe_layers})
+        turns = TURNS_A_LAYER * (2 if backward and self.recompute_blocks else 1)
+        return TurnCounts(turns * with_experts, turns * (len(self.layers) + depths - with_experts))
+
     def forward(
         self, tape: Tape, x: Tensor | None, batch: MicroBatch, weights: LossWeights, outcome: Outcome
     ) -> Steps[Tensor | None]:
@@ -146,7 +155,7 @@ class Chunk:
         return out if shared is None else out + shared
 
     def _run_dense(self, block: Block, passing: _Pass, tape: Tape, residual: Tensor, normed: Tensor) -> Steps[Tensor]:
-        """The MLP of a layer without experts, in as many turns as experts take where rows travel."""
+        """The MLP of a layer without experts, with as many pauses as there are turns where rows travel."""
         if self.dispatcher.travels:
             residual, normed = tape.cut(residual, normed, roots=passing.roots)
             passing.roots.clear()

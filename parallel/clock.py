@@ -104,13 +104,13 @@ class Clock:
         while True:
             before = self.switch(phase)
             try:
-                next(steps)
+                turn = next(steps)
             except StopIteration as end:
                 result: T = end.value
                 return result
             finally:
                 self.switch(before)
-            yield
+            yield turn
 
     def now(self) -> Moment:
         """This moment of the host; of the stream that computes, where spans are marked on a GPU."""

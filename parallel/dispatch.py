@@ -29,7 +29,7 @@ from parallel.config import ParallelConfig
 from parallel.mesh import Mesh
 from parallel.peer_copies import PeerCopies
 from parallel.rows import Leaving, Members, count_leaving, pack_leaving
-from parallel.tape import Steps, Tape
+from parallel.tape import UNDER_WAY, Steps, Tape
 from parallel.transfer import AllToAll, Carrier, Collectives, Fp8AllToAll, Traffic
 
 Experts = Callable[[RoutedRows], Tensor]
@@ -170,7 +170,7 @@ class Dispatcher:
         experts_at_once: Experts,
         count: Count,
     ) -> Steps[Tensor]:
-        yield
+        yield UNDER_WAY
         bound = self._max_rows if len(hops) == 1 else 0
         way, packed = self._prepare(hops[0], announced, routed, bound=bound)
         if len(hops) == 1:
@@ -218,12 +218,12 @@ class Dispatcher:
 
         def part(tape: Tape, rows: Tensor, weights: Tensor) -> Steps[Tensor]:
             transfer = tape.launch(exchange, rows, weights, choices)
-            yield
+            yield UNDER_WAY
             rows, weights, experts = tape.arrive(transfer)
             results = yield from work(tape, RoutedRows(rows, experts, weights, False, num_choices))
             (leaf,) = tape.cut(results, weights_last=True)
             transfer = tape.launch(exchange.reversed(), leaf)
-            yield
+            yield UNDER_WAY
             (back,) = tape.arrive(transfer)
             return back
 

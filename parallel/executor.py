@@ -21,7 +21,7 @@ from parallel.clock import Clock, Moment
 from parallel.mesh import Mesh
 from parallel.schedule import Action, Kind, Overlapped, Schedule, ScheduleName, Step, make_schedule
 from parallel.simulate import Op, Recv, Send, lower
-from parallel.tape import Steps, Tape, run_in_turns, run_to_end, without_gradients
+from parallel.tape import Steps, Tape, leave_out, pauses_left_out, run_in_turns, run_to_end, without_gradients
 
 Place = tuple[int, int]
 NO_WEIGHTS = LossWeights(0.0, 0.0, 0.0)
@@ -199,10 +199,16 @@ class _Run:
             forward, backward = step.forward, step.backward
             live, live_backward = self._begin(forward), self._live_with_gradient(backward)
             start = clock.now()
+            chunks = self._executor.chunks
+            their_turns = (
+                chunks[backward.stage].count_turns(backward=True),
+                chunks[forward.stage].count_turns(backward=False),
+            )
+            unneeded, also = pauses_left_out(*their_turns)
             with self._deferring(backward):
                 out = run_in_turns(
-                    clock.during("backward", live_backward.tape.backward()),
-                    clock.during("forward", self._forward(forward, live)),
+                    leave_out(clock.during("backward", live_backward.tape.backward()), unneeded),
+                    leave_out(clock.during("forward", self._forward(forward, live)), also),
                 )
             self._end_forward(forward, live, out)
             self._end_backward(backward, live_backward)

@@ -8,9 +8,10 @@ waited for, so whoever drives two of them in turns hides the transfers of one un
     attend ─ count ─ yield ─ launch ─ yield ─ experts ─ launch ─ yield ─ combine          forward
     combine ─ launch ─ yield ─ experts ─ launch ─ yield ─ their weights ─ yield ─ attend  backward
 
-Both have three turns a layer, or more, on all ranks alike, where rows go in hops or in rounds or a part is run again;
-a layer without experts pauses as often, so that two passes stay side by side. What a turn launches is under way while
-the other pass has its turn; and when the host waits for counts, the device has the other's work to do.
+Both have three turns a layer, or more, on all ranks alike, where rows go in hops or in rounds or a part is run again. A
+layer without experts pauses as often, where the other pass has more turns than there are without. What a turn launches
+is under way while the other pass has its turn; and when the host waits for counts, the device has the other's work to
+do.
 
 Tensors that pass between segments are leaves. A leaf adds up the gradients of all segments that use it.
 """
@@ -18,7 +19,7 @@ Tensors that pass between segments are leaves. A leaf adds up the gradients of a
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from itertools import compress
-from typing import Any, Protocol, TypeVar
+from typing import Any, Final, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,7 +27,19 @@ from torch import Tensor
 from model.linear import WeightGradients, Work
 
 T = TypeVar("T")
-Steps = Generator[None, None, T]
+Turn = Literal["under way", "pause"]
+UNDER_WAY: Final = "under way"
+PAUSE: Final = "pause"
+Steps = Generator[Turn, None, T]
+"""A pass that yields when one of its turns ends: why."""
+TURNS_A_LAYER: Final = 3
+
+
+class TurnCounts(NamedTuple):
+    """How many turns of a pass end while something is under way, and how many in a pause."""
+
+    under_way: int
+    pauses: int
 
 
 class Flight(Protocol):
@@ -149,7 +162,7 @@ class Tape:
         """Ends a turn in both passes. To be called right after a cut."""
         if self.recording:
             self._records.append(_Pause())
-        yield
+        yield PAUSE
 
     def run_twice(self, part: Part, *leaves: Tensor) -> Steps[Tensor]:
         """Runs part(tape, *leaves), a part of the forward pass that ends in a leaf, keeping nothing but its inputs; the
@@ -177,17 +190,17 @@ class Tape:
                 transfer.returning = transfer.exchange.send_gradients(*map(_gradient, transfer.arrived))
                 transfer.arrived = ()
             elif isinstance(record, _Launched):
-                yield
+                yield UNDER_WAY
                 if late is not None:
                     while late:
                         late.pop(0)()
                     late = None
-                    yield
+                    yield UNDER_WAY
                 assert record.transfer.returning is not None
                 for leaf, gradient in zip(record.transfer.sent, record.transfer.returning.wait(), strict=True):
                     leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
             elif isinstance(record, _Pause):
-                yield
+                yield PAUSE
             else:
                 yield from self._run_again(record)
         assert late is None
@@ -236,11 +249,11 @@ def without_gradients(steps: Steps[T]) -> Steps[T]:
     while True:
         with torch.no_grad():
             try:
-                next(steps)
+                turn = next(steps)
             except StopIteration as end:
                 result: T = end.value
                 return result
-        yield
+        yield turn
 
 
 def run_to_end(steps: Steps[T]) -> T:
@@ -267,3 +280,26 @@ def run_in_turns(one: Steps[Any], other: Steps[T]) -> T:
                 del running[number]
     result: T = results[1]
     return result
+
+
+def pauses_left_out(backward: TurnCounts, forward: TurnCounts) -> tuple[range, range]:
+    """Which of their pauses, by number, a backward and a forward pass leave out that run in turns, so that neither
+    pauses while the other has nothing under way. They keep those that are next to layers with experts: layers without
+    come first."""
+    most = max(backward.under_way, forward.under_way)
+    kept = [min(most - counts.under_way, counts.pauses) for counts in (backward, forward)]
+    return range(kept[0], backward.pauses), range(forward.pauses - kept[1])
+
+
+def leave_out(steps: Steps[T], pauses: range) -> Steps[T]:
+    """The same pass without some of its pauses."""
+    number = 0
+    while True:
+        try:
+            turn = next(steps)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        number += turn == PAUSE
+        if turn != PAUSE or number - 1 not in pauses:
+            yield turn

@@ -29,7 +29,7 @@ from parallel.simulate import UNIT, simulate
 from parallel.stages import part_of_rank, split_layers
 from parallel.zero import BUCKET_ELEMENTS
 from pretrain.planning.activations import Activations, Live, Sizes, heaviest, live_moments
-from pretrain.planning.pairs import most_beside, turns
+from pretrain.planning.pairs import most_beside, side_by_side, turns
 
 GIB = 1 << 30
 DRIVER = GIB
@@ -283,7 +283,7 @@ def _activations(activations: Activations, pipeline: _Pipeline, place: int, *, d
                 for stage in stages
             },
             "pair": {
-                (one, other): most_beside(of_stages[one].forward, of_stages[other].backward) for one, other in pairs
+                (one, other): most_beside(*side_by_side(of_stages[one], of_stages[other])) for one, other in pairs
             },
         },
     )

@@ -9,16 +9,18 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from typing import NamedTuple
 
+from parallel.tape import TURNS_A_LAYER, TurnCounts, pauses_left_out
 from pretrain.planning.activations import Activations, Sizes
-
-_TURNS = 3
 
 
 class Turns(NamedTuple):
-    """Of a stage, what each turn of its forward pass adds, and what each of its backward pass frees."""
+    """Of a stage, what each turn of its forward pass adds, and what each of its backward pass frees; and how many of
+    them are pauses if it takes all."""
 
     forward: list[Sizes]
     backward: list[Sizes]
+    forward_counts: TurnCounts = TurnCounts(0, 0)
+    backward_counts: TurnCounts = TurnCounts(0, 0)
 
 
 def turns(activations: Activations, layers: Sequence[int], *, is_last: bool) -> Turns:
@@ -48,11 +50,25 @@ def turns(activations: Activations, layers: Sequence[int], *, is_last: bool) -> 
     for (is_moe, half), after in zip(halves, between[1:], strict=True):
         # Experts begin when rows have arrived.
         forward += [Sizes(), half, after] if is_moe else [half, Sizes(), after]
-    again = _TURNS if "block" in activations.parallel.recompute else 0
+    again = TURNS_A_LAYER if "block" in activations.parallel.recompute else 0
     for (_, half), before in zip(halves[::-1], between[-2::-1], strict=True):
         # A layer that is computed again gives nothing back meanwhile, nor while gradients of results are under way.
         backward += [*(Sizes() for _ in range(again + 1)), half, before]
-    return Turns(forward, backward)
+    with_experts = sum(is_moe for is_moe, _ in halves)
+    forward_counts, backward_counts = (
+        TurnCounts(turns * with_experts, turns * (len(halves) - with_experts))
+        for turns in (TURNS_A_LAYER, TURNS_A_LAYER + again)
+    )
+    return Turns(forward, backward, forward_counts, backward_counts)
+
+
+def side_by_side(one: Turns, other: Turns) -> tuple[list[Sizes], list[Sizes]]:
+    """The turns of the forward pass of one stage and the backward pass of the other, without the pauses they leave
+    out: what would come after each of these comes in the turn before."""
+    few, also = map(len, pauses_left_out(other.backward_counts, one.forward_counts))
+    forward = [sum(one.forward[: also + 1], Sizes()), *one.forward[also + 1 :]]
+    kept = len(other.backward) - few - 1
+    return forward, [*other.backward[:kept], sum(other.backward[kept:], Sizes())]
 
 
 def most_beside(forward: Sequence[Sizes], backward: Sequence[Sizes]) -> Sizes:

@@ -17,7 +17,7 @@ from parallel.schedule import Overlapped, make_schedule
 from parallel.stages import split_layers
 from parallel.tape import Steps, run_in_turns
 from pretrain.planning.activations import Activations
-from pretrain.planning.pairs import turns
+from pretrain.planning.pairs import side_by_side, turns
 
 WORLD, MICRO_BATCHES, SEQ_LEN = 2, 4, 12
 MODEL = small_model(num_hidden_layers=5, n_group=1, topk_group=1)
@@ -80,7 +80,10 @@ def test_turns_of_pairs(tmp_path: Path, recompute: tuple[Any, ...], is_skewed: b
     (steps,) = make_schedule("dualpipev", num_ranks=1, num_micro_batches=MICRO_BATCHES).steps
     pairs = [step for step in steps if isinstance(step, Overlapped)]
     assert len(pairs) > 2
-    expected = [[len(stages[pair.backward.stage].backward), len(stages[pair.forward.stage].forward)] for pair in pairs]
+    expected = []
+    for pair in pairs:
+        forward, backward = side_by_side(stages[pair.forward.stage], stages[pair.backward.stage])
+        expected.append([len(backward), len(forward)])
     for numbers in ranks:
         assert numbers["taken"] == expected
     assert (ranks[1]["rows"] == 0) == is_skewed

@@ -7,7 +7,7 @@ from support import small_model
 
 from parallel.config import ParallelConfig
 from pretrain.planning.activations import Activations, Sizes
-from pretrain.planning.pairs import Turns, most_beside, turns
+from pretrain.planning.pairs import Turns, most_beside, side_by_side, turns
 
 
 def activations(**parallel: Any) -> Activations:
@@ -28,14 +28,15 @@ def activations(**parallel: Any) -> Activations:
 @pytest.mark.parametrize("is_last", [True, False])
 def test_turns_make_a_stage(is_last: bool, ep: int, rounds: dict[str, int], recompute: tuple[Any, ...]) -> None:
     sizes = activations(ep=ep, recompute=recompute, **(rounds if ep > 1 else {}))
-    for part in turns(sizes, range(4), is_last=is_last):
+    stage = turns(sizes, range(4), is_last=is_last)
+    for part in (stage.forward, stage.backward):
         assert +sum(part, Sizes()) == +sizes.stage(range(4), is_last=is_last)
 
 
 def test_what_is_left_and_freed_when() -> None:
     """By hand: the order of `Chunk.forward`, and the other way round."""
     sizes = activations(ep=2)
-    forward, backward = turns(sizes, range(4), is_last=True)
+    forward, backward, *_ = turns(sizes, range(4), is_last=True)
     num_dense, num_moe = 1, 3 + 2
     assert len(forward) == len(backward) == 1 + 3 * (num_dense + num_moe)
     experts, mlp = sizes.block(1)["routed experts"], sizes.block(0)["other MLPs"]
@@ -50,6 +51,24 @@ def test_what_is_left_and_freed_when() -> None:
     assert [turn["loss"] for turn in backward] == [loss, 0, 0, loss, 0, 0, loss] + [0] * 12
     mask = sizes.masks()["attention"]
     assert forward[0]["attention"] == backward[-1]["attention"] == mask + sizes.block(0)["attention"]
+
+
+def test_pauses_are_taken_where_the_other_pass_has_turns_for_them() -> None:
+    sizes = activations(ep=2)
+    # One layer without experts and two with them; one and one; three with them.
+    first, short, long = (turns(sizes, layers, is_last=False) for layers in ((0, 1, 2), (0, 1), (1, 2, 3)))
+    for one, other, expected in ((first, long, 10), (long, first, 10), (first, first, 7), (short, long, 7)):
+        forward, backward = side_by_side(one, other)
+        counts = (one.forward_counts, other.backward_counts)
+        most = max(each.under_way for each in counts)
+        for made, whole, each in zip((forward, backward), (one.forward, other.backward), counts, strict=True):
+            assert len(made) == 1 + min(most, sum(each))
+            assert +sum(made, Sizes()) == +sum(whole, Sizes())
+        assert len(forward) == expected
+    # Without its pauses the forward pass runs its dense layer in the first turn, the backward pass in the last.
+    forward, backward = side_by_side(first, first)
+    assert forward[0]["other MLPs"] - forward[3]["other MLPs"] == sizes.block(0)["other MLPs"]
+    assert forward[0] == +backward[-1]
 
 
 def test_the_moment_with_most() -> None:
