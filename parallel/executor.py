@@ -199,17 +199,8 @@ class _Run:
             forward, backward = step.forward, step.backward
             live, live_backward = self._begin(forward), self._live_with_gradient(backward)
             start = clock.now()
-            chunks = self._executor.chunks
-            their_turns = (
-                chunks[backward.stage].count_turns(backward=True),
-                chunks[forward.stage].count_turns(backward=False),
-            )
-            unneeded, also = pauses_left_out(*their_turns)
             with self._deferring(backward):
-                out = run_in_turns(
-                    leave_out(clock.during("backward", live_backward.tape.backward()), unneeded),
-                    leave_out(clock.during("forward", self._forward(forward, live)), also),
-                )
+                out = self._run_in_turns(forward, live, backward, live_backward)
             self._end_forward(forward, live, out)
             self._end_backward(backward, live_backward)
         elif step.kind == Kind.FORWARD:
@@ -227,6 +218,17 @@ class _Run:
                 run_to_end(live.tape.backward())
             self._end_backward(step, live)
         self.executed.append(Executed(step, start, clock.now()))
+
+    def _run_in_turns(self, forward: Action, live: _Live, backward: Action, live_backward: _Live) -> Tensor | None:
+        chunks, clock = self._executor.chunks, self._clock
+        unneeded = pauses_left_out(
+            chunks[backward.stage].count_turns(backward=True), chunks[forward.stage].count_turns(backward=False)
+        )
+        passes = (
+            clock.during("backward", live_backward.tape.backward()),
+            clock.during("forward", self._forward(forward, live)),
+        )
+        return run_in_turns(leave_out(passes[0], unneeded[0]), leave_out(passes[1], unneeded[1]))
 
     def _begin(self, action: Action) -> _Live:
         place = action.stage, action.micro_batch
