@@ -89,9 +89,9 @@ class Announcement:
                 self._flight.wait()
             # Another stream waits for it, in which nothing else is queued.
             with torch.cuda.stream(stream):
-                self._arrived = self._arrive()
-                self._on_host = torch.empty_like(self._arrived, device="cpu", pin_memory=True)
-                self._on_host.copy_(self._arrived, non_blocking=True)
+                arrived = self._arrive()
+                self._on_host = torch.empty_like(arrived, device="cpu", pin_memory=True)
+                self._on_host.copy_(arrived, non_blocking=True)
                 self._copied = torch.cuda.Event()
                 self._copied.record()
 

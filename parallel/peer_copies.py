@@ -53,7 +53,7 @@ class PeerCopies:
     def launch(self, traffic: Traffic, tensors: Sequence[Tensor]) -> Flight:
         """Launches the transfer of tensors [rows, ...], all of as many rows."""
         goods = _Goods(traffic, tensors)
-        self._make_room(max(end for *_, end in goods.layouts))
+        self._make_room(max(goods.ends))
         self._number += 1
         current = torch.cuda.current_stream(self._device)
         for stream in (self._giving, self._taking):
@@ -70,7 +70,7 @@ class PeerCopies:
             self._wait(TAKEN, member, self._number - NUM_PARTS, self._giving)
         own, *leaving = goods.traffic.leaving(self._place)
         begin = self._part_of(self._place)
-        for tensor, width, offset in zip(goods.sent, goods.widths, goods.layouts[self._place], strict=False):
+        for tensor, width, offset in zip(goods.sent, goods.widths, goods.begins[self._place], strict=True):
             _copy(begin + offset, tensor.data_ptr() + own * width, sum(leaving) * width, self._giving)
         for member in self._others:
             self._tell(READY, member, self._giving)
@@ -83,7 +83,7 @@ class PeerCopies:
         num_rows = goods.traffic.rows[member][self._place]
         before, here = goods.rows_before(member)
         begin = self._part_of(member)
-        for arrived, width, offset in zip(goods.arrived, goods.widths, goods.layouts[member], strict=False):
+        for arrived, width, offset in zip(goods.arrived, goods.widths, goods.begins[member], strict=True):
             _copy(arrived.data_ptr() + here * width, begin + offset + before * width, num_rows * width, self._taking)
         self._tell(TAKEN, member, self._taking)
 
@@ -95,9 +95,12 @@ class PeerCopies:
     def _make_room(self, num_bytes: int) -> None:
         """Sees that each part of an outbox has so many bytes, which are the same on all ranks."""
         if NUM_PARTS * num_bytes > self._outboxes.num_bytes:
-            # What others still take from the outbox here lives until they let go of it as well.
-            self._taking.synchronize()
             size = -(-round(HEADROOM * num_bytes) // GRANULE) * GRANULE
+            # What others still take from the outbox here lives until they let go of it as well. The new one is not of
+            # torch's allocator, which does not make room for it by itself.
+            self._taking.synchronize()
+            del self._outboxes
+            torch.cuda.empty_cache()
             self._outboxes = _Shared(NUM_PARTS * size, self._group, self._device)
 
     def _tell(self, what: int, member: int, stream: torch.cuda.Stream) -> None:
@@ -111,8 +114,8 @@ class PeerCopies:
 
 
 class _Goods:
-    """What a transfer brings: `sent` and `arrived`, tensors of `widths` bytes a row, and the layout of each member's
-    outbox: where tensors begin, and where the last ends."""
+    """What a transfer brings: `sent` and `arrived`, tensors of `widths` bytes a row; where each begins in the outbox of
+    each member, and where the last ends."""
 
     def __init__(self, traffic: Traffic, tensors: Sequence[Tensor]) -> None:
         self.traffic, self.sent = traffic, [tensor.contiguous() for tensor in tensors]
@@ -120,14 +123,15 @@ class _Goods:
         size = sum(self._arriving.rows[traffic.place])
         self.arrived = tuple(tensor.new_empty(size, *tensor.shape[1:]) for tensor in tensors)
         self.widths = [tensor.element_size() * prod(tensor.shape[1:]) for tensor in tensors]
-        self.layouts = [self._lay_out(member) for member in range(len(traffic.rows))]
+        layouts = [self._lay_out(member) for member in range(len(traffic.rows))]
+        self.begins, self.ends = [layout[:-1] for layout in layouts], [layout[-1] for layout in layouts]
 
     def _lay_out(self, member: int) -> list[int]:
         _, *leaving = self.traffic.leaving(member)
-        begins = [0]
+        edges = [0]
         for width in self.widths:
-            begins.append(-(-(begins[-1] + sum(leaving) * width) // ALIGNMENT) * ALIGNMENT)
-        return begins
+            edges.append(-(-(edges[-1] + sum(leaving) * width) // ALIGNMENT) * ALIGNMENT)
+        return edges
 
     def rows_before(self, member: int) -> tuple[int, int]:
         """How many rows lie before those from a member: in its outbox, and among what arrived here."""

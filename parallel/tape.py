@@ -46,7 +46,7 @@ class Flight(Protocol):
     """A transfer under way."""
 
     def wait(self) -> tuple[Tensor, ...]:
-        """What arrived."""
+        """What arrived, for the current stream, which waits for it on a GPU."""
         ...
 
 

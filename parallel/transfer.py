@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 from torch import distributed as dist
 
@@ -128,10 +129,14 @@ class _InCollectives:
         ]
         for out, sent in pairs:
             out[:own].copy_(sent[:own])
+        on_gpu = any(tensor.is_cuda for tensor in tensors)
+        self._copied = torch.cuda.current_stream().record_event() if on_gpu else None
 
     def wait(self) -> tuple[Tensor, ...]:
-        """What arrived, in the order of what was sent."""
+        """What arrived, in the order of what was sent, for the current stream, whichever launched it."""
         for work in self._works:
             work.wait()
+        if self._copied is not None:
+            torch.cuda.current_stream().wait_event(self._copied)
         self._sent.clear()
         return self._arrived

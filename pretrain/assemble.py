@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import distributed as dist
 
 from data.errors import DataError
 from data.stream import SampleStream, open_stream
@@ -75,11 +76,9 @@ def assemble(config: Config, place: Place, stream: SampleStream) -> Assembly:
     torch.manual_seed(config.run.seed)
     parallel = config.parallel
     mesh = make_mesh(parallel.mesh_shape(place.world_size, node_size=place.node_size))
-    if parallel.copy_engines and not can_copy(mesh.expert_node, place.device):
-        raise UserError(
-            "parallel.copy_engines = true needs a GPU of its own for each rank that reaches those of all ranks of its "
-            "node, and ranks that see all of them; set it to false, and NCCL carries rows to experts"
-        )
+    if parallel.copy_engines:
+        with failing_together():
+            _check_copy_engines(config, place, mesh)
     model = build_model(
         config.model,
         parallel,
@@ -111,6 +110,21 @@ def _check_sizes(config: Config, place: Place) -> None:
                 f"model.{name} = {size} must be a multiple of 8 for bf16 experts on a GPU, which read rows 16 bytes at "
                 'a time; change it, or set precision.dtype = "fp32"'
             )
+
+
+def _check_copy_engines(config: Config, place: Place, mesh: Mesh) -> None:
+    key, ep = "parallel.copy_engines = true", config.parallel.ep
+    if dist.get_world_size(mesh.expert_node) == 1:
+        raise UserError(
+            f"{key} has no effect with parallel.ep = {ep} on nodes of {place.node_size}, where rows go to other nodes "
+            "alone; set it to false"
+        )
+    if not can_copy(mesh.expert_node, place.device):
+        raise UserError(
+            f"{key} needs a GPU for each rank that reaches those of the others of its expert group on the node, all of "
+            f"them visible to all of these ranks, and no group that goes beyond a node by a part of one (parallel.ep = "
+            f"{ep}); set it to false, and NCCL carries the rows"
+        )
 
 
 @contextmanager

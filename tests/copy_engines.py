@@ -93,13 +93,13 @@ class Shared:
 
     def __init__(self, num_bytes: int, group: dist.ProcessGroup, _: torch.device) -> None:
         self.num_bytes, number = num_bytes, next(self.numbers)
-        (self.folder / f"{number}-{dist.get_rank(group)}").write_bytes(bytes(num_bytes))
+        (self.folder / f"{number}-{dist.get_rank()}").write_bytes(bytes(num_bytes))
         dist.barrier(group)
-        self._maps = [self._map(number, member) for member in range(dist.get_world_size(group))]
+        self._maps = [self._map(number, rank) for rank in dist.get_process_group_ranks(group)]
         self.addresses = [int(np.frombuffer(each, np.uint8).ctypes.data) for each in self._maps]
 
-    def _map(self, number: int, member: int) -> mmap.mmap:
-        with open(self.folder / f"{number}-{member}", "r+b") as file:
+    def _map(self, number: int, rank: int) -> mmap.mmap:
+        with open(self.folder / f"{number}-{rank}", "r+b") as file:
             return mmap.mmap(file.fileno(), self.num_bytes)
 
 

@@ -4,6 +4,7 @@ are fewer GPUs ranks share them."""
 import os
 import random
 import sys
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -71,19 +72,32 @@ def check(flight: Flight, traffic: Traffic, number: int, place: int, device: tor
 
 
 def travel(group: dist.ProcessGroup, place: int, size: int, device: torch.device) -> None:
-    """Two passes in turns to experts that multiply by their number + 1, so that what should come back is known."""
-    rows_there, counts = PeerCopies(group, device), PeerCopies(group, device)
-    hops = [Hop(group, NUM_EXPERTS // size, rows_there, counts)]
-    for fp8 in (False, True):
-        for skewed in (False, True):
-            dispatcher = Dispatcher(hops, group=group, clock=Clock(device), fp8=fp8)
-            passes = [Pass(dispatcher, 10 * place + number, place, size, skewed, device) for number in range(3)]
-            run_to_end(passes[0].forward())
-            run_in_turns(passes[0].backward(), passes[1].forward())
-            run_in_turns(passes[1].backward(), passes[2].forward())
-            run_to_end(passes[2].backward())
-            for each in passes:
-                each.check(fp8)
+    """To experts on all ranks of a node, in one round and in several."""
+    hops = [Hop(group, NUM_EXPERTS // size, PeerCopies(group, device), PeerCopies(group, device))]
+    for fp8, skewed, max_rows in product((False, True), (False, True), (0, 600)):
+        travel_over(hops, group, place, size, device, fp8=fp8, skewed=skewed, max_rows=max_rows)
+
+
+def travel_over(
+    hops: list[Hop],
+    group: dist.ProcessGroup,
+    place: int,
+    size: int,
+    device: torch.device,
+    *,
+    fp8: bool = False,
+    skewed: bool = False,
+    max_rows: int = 0,
+) -> None:
+    """Passes in turns to experts that multiply by their number + 1, so that what should come back is known."""
+    dispatcher = Dispatcher(hops, group=group, clock=Clock(device), fp8=fp8, max_rows=max_rows)
+    passes = [Pass(dispatcher, 10 * place + number, place, size, skewed, device) for number in range(3)]
+    run_to_end(passes[0].forward())
+    run_in_turns(passes[0].backward(), passes[1].forward())
+    run_in_turns(passes[1].backward(), passes[2].forward())
+    run_to_end(passes[2].backward())
+    for each in passes:
+        each.check(fp8)
 
 
 class Pass:

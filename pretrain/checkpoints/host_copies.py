@@ -7,7 +7,8 @@ Memory that is new has to be found page by page, and pinned: seconds for every 1
 import ctypes
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -114,9 +115,10 @@ def _take(size: int, gpu: torch.device | None, taken: _Taken) -> None:
         room = memory[begin : begin + size]
         if gpu is not None:
             torch.cuda.set_device(gpu)
-        for segment in _found(room.split(_SEGMENT), taken):
-            if gpu is not None and _pin(segment):
-                taken.pinned.append(segment.data_ptr())
+        with closing(_found(room.split(_SEGMENT), taken)) as segments:
+            for segment in segments:
+                if gpu is not None and _pin(segment):
+                    taken.pinned.append(segment.data_ptr())
         if taken.given_up:
             return
         taken.room = room
@@ -124,26 +126,32 @@ def _take(size: int, gpu: torch.device | None, taken: _Taken) -> None:
         taken.error = error
 
 
-def _found(segments: Sequence[Tensor], taken: _Taken) -> Iterator[Tensor]:
+def _found(segments: Sequence[Tensor], taken: _Taken) -> Generator[Tensor, None, None]:
     """Segments in order, once threads have had all their pages found; until it is given up, and no thread works on."""
     events = [threading.Event() for _ in segments]
 
     def find(first: int) -> None:
         for segment, found in zip(segments[first::_FINDERS], events[first::_FINDERS], strict=True):
-            if not taken.given_up:
-                # torch would do it in threads of its own.
-                ctypes.memset(segment.data_ptr(), 0, len(segment))
-            found.set()
+            try:
+                if not taken.given_up:
+                    # torch would do it in threads of its own.
+                    ctypes.memset(segment.data_ptr(), 0, len(segment))
+            finally:
+                found.set()
 
     finders = [threading.Thread(target=find, args=(first,), daemon=True) for first in range(_FINDERS)]
     for finder in finders:
         finder.start()
-    for segment, found in zip(segments, events, strict=True):
-        found.wait()
-        if not taken.given_up:
-            yield segment
-    for finder in finders:
-        finder.join()
+    try:
+        for segment, found in zip(segments, events, strict=True):
+            found.wait()
+            if not taken.given_up:
+                yield segment
+    finally:
+        # Whatever went wrong, no thread works on when it is known.
+        taken.given_up |= not all(found.is_set() for found in events)
+        for finder in finders:
+            finder.join()
 
 
 def _pin(segment: Tensor) -> bool:

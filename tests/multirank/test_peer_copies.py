@@ -7,11 +7,14 @@ from typing import Any
 import pytest
 import torch
 from copy_engines import use_in_this_process
-from peer_copies_ranks import bring_rows, travel
+from peer_copies_ranks import NUM_EXPERTS, bring_rows, travel, travel_over
 from support import run_ranks
 from torch import distributed as dist
 
+from parallel.dispatch import Hop
+from parallel.mesh import MeshShape, make_mesh
 from parallel.peer_copies import READY, TAKEN, PeerCopies, can_copy
+from parallel.transfer import Collectives
 
 CPU = torch.device("cpu")
 FAILED: list[AssertionError] = []
@@ -56,6 +59,26 @@ def test_a_wait_that_is_left_out_is_found_out(tmp_path: Path, left_out: int) -> 
     shared.mkdir()
     found = run_ranks(2, bring, 2, shared, left_out, folder=tmp_path)
     assert any("brought other rows" in said for rank in found for said in rank)
+
+
+def cross_nodes(rank: int, folder: Path) -> None:
+    """Two nodes of two ranks: rows cross by collectives, and go on by copy engines."""
+    use_in_this_process(folder)
+    mesh = make_mesh(MeshShape(world_size=4, ep=4, node_size=2))
+    between = Collectives(mesh.expert_node_peers)
+    within = [PeerCopies(mesh.expert_node, CPU) for _ in range(2)]
+    hops = [
+        Hop(mesh.expert_node_peers, NUM_EXPERTS // 2, between, between),
+        Hop(mesh.expert_node, NUM_EXPERTS // 4, within[0], within[1]),
+    ]
+    for max_rows in (0, 600):
+        travel_over(hops, mesh.expert, rank, 4, CPU, max_rows=max_rows)
+
+
+def test_rows_that_have_crossed_to_a_node(tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    run_ranks(4, cross_nodes, shared, folder=tmp_path)
 
 
 def ask(rank: int) -> bool:
