@@ -8,7 +8,7 @@ import pytest
 import torch
 from copy_engines import use_in_this_process
 from peer_copies_ranks import NUM_EXPERTS, bring_rows, travel, travel_over
-from support import run_ranks
+from support import finish, run_ranks, start_training, write_run
 from torch import distributed as dist
 
 from parallel.dispatch import Hop
@@ -88,3 +88,11 @@ def ask(rank: int) -> bool:
 
 def test_no_copy_engines_without_gpus(tmp_path: Path) -> None:
     assert run_ranks(2, ask, folder=tmp_path) == [False, False]
+
+
+def test_a_run_without_gpus_refuses_them_in_one_voice(tmp_path: Path) -> None:
+    settings = "parallel.ep=2", "parallel.copy_engines=true"
+    # torchrun makes 1 of any status.
+    output = finish(start_training(write_run(tmp_path), *settings, processes=2), expect=1)
+    assert output.count("parallel.copy_engines = true needs a GPU for each rank") == 1
+    assert not (tmp_path / "small" / "metrics.jsonl").exists()
