@@ -5,7 +5,7 @@ rank lays out what leaves in its outbox, memory that the others of its group can
 Copies run on copy engines. What ranks tell one another is a number, which one writes into the memory of another and a
 stream there waits for. So no kernel runs, and the host waits for nothing.
 
-    one stream:      when n − 2 is taken by all: my outbox ← rows; to all others: n is ready; what stays here
+    one stream:      when all have taken n − 2: outbox ← rows that leave; to all others: n is ready; copy rows that stay
     another stream:  for each of the others: when its n is ready: rows ← its outbox; to it: n is taken
 
 for transfer n: an outbox has two parts, used in turn. All ranks launch the same transfers in the same order, as for
