@@ -27,7 +27,17 @@ from typing import Any
 
 import torch
 from overlap import PAIR, Kernel, measure_overlap, read_trace, write_intervals
-from pipeline_speed import Ending, Setting, Side, build, compare, make_setting, measure, meet, micro_batches, tell, wait
+from pipeline_sides import (
+    Ending,
+    Setting,
+    Side,
+    build,
+    deepspeed_side,
+    make_setting,
+    micro_batches,
+    torch_side,
+)
+from pipeline_speed import compare, measure, meet, tell, wait
 from quick_weights import draw_on_gpu
 from torch import distributed as dist
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -44,6 +54,7 @@ from parallel.mesh import Mesh, make_mesh
 from parallel.schedule import ScheduleName
 from parallel.tape import Steps, run_in_turns, run_to_end
 from parallel.transfer import Collectives
+from parallel.zero import load_deepspeed
 
 ROOT = Path(__file__).resolve().parents[1]
 Pairing = Callable[[Steps[Any], Steps[Any]], Any]
@@ -60,6 +71,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="(default: bf16 on GPUs)")
     parser.add_argument("--fp8-dispatch", action="store_true", help="rows on their way to experts in FP8")
+    parser.add_argument("--peers", action="store_true", help="also torch's and DeepSpeed's DualPipeV on these stages")
     parser.add_argument("--copy-engines", action="store_true", help="these carry rows, not NCCL")
     parser.add_argument("--intervals", type=Path, metavar="FILE", help="write the overlapped step, for overlap.py")
     arguments = parser.parse_args()
@@ -75,14 +87,14 @@ def main() -> None:
 def run_rank(arguments: argparse.Namespace) -> None:
     """Times and traces all sides; the first rank prints the table."""
     torch.set_num_threads(1)
-    setting = make_setting(arguments)
+    setting = make_setting(arguments, layout(arguments, "dualpipev"))
     if setting.device.type == "cuda":
         torch.cuda.set_device(setting.device)
         keep_compiled_kernels()
     dist.init_process_group("cpu:gloo,cuda:nccl" if setting.device.type == "cuda" else "gloo")
     if setting.dtype == torch.bfloat16:
         draw_on_gpu()
-    mesh = make_mesh(layout(arguments, "dualpipev").mesh_shape(arguments.ep * arguments.pp))
+    mesh = make_mesh(setting.parallel.mesh_shape(arguments.ep * arguments.pp))
     sides = make_sides(arguments, mesh, setting)
     loss, norm, differences = compare(sides, setting)
     times = measure(sides, setting, arguments.rounds)
@@ -118,10 +130,11 @@ def to_itself(parallel: ParallelConfig, mesh: Mesh, num_experts: int, *, clock: 
 
 
 def make_sides(arguments: argparse.Namespace, mesh: Mesh, setting: Setting) -> list[Side]:
-    """The overlapped one first. On one GPU there is one more, where rows stay where they are."""
+    """The overlapped one first. On one GPU there is one more, where rows stay where they are, as with others' ways."""
     batches = micro_batches(setting, arguments.micro_batches)
     make = partial(make_side, arguments, mesh, setting, batches)
     alone = [make("1f1b, no rows sent", "1f1b", run_in_turns)] if arguments.ep == 1 else []
+    others = list(make_peers(mesh, setting, batches)) if arguments.peers else []
     if arguments.ep == 1:
         parallel.build.make_dispatcher = to_itself
     return [
@@ -130,7 +143,17 @@ def make_sides(arguments: argparse.Namespace, mesh: Mesh, setting: Setting) -> l
         make("pairs in turns, once more", "dualpipev", run_in_turns),
         make("1f1b", "1f1b", run_in_turns),
         *alone,
+        *others,
     ]
+
+
+def make_peers(mesh: Mesh, setting: Setting, batches: list[MicroBatch]) -> Iterator[Side]:
+    """Other ways to run DualPipeV on the same stages."""
+    deepspeed = load_deepspeed()
+    deepspeed.init_distributed(dist_init_required=False)
+    given = {"mesh": mesh, "setting": setting, "batches": batches}
+    yield torch_side(name="torch ScheduleDualPipeV, Eva's deferred W", uses_deferred=True, **given)
+    yield deepspeed_side(deepspeed, name="DeepSpeed DualPipeVEngine", **given)
 
 
 def make_side(

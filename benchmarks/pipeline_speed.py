@@ -25,13 +25,10 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import redirect_stdout
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
 from datetime import date
 from functools import partial
 from importlib.metadata import version
-from itertools import cycle
 from pathlib import Path
 from random import Random
 from statistics import median
@@ -39,85 +36,19 @@ from typing import Any, NamedTuple
 
 import torch
 from pipeline_bubble import BUBBLE_HEAD, Bubble, measure_bubble
+from pipeline_sides import Setting, Side, deepspeed_side, eva_side, make_setting, micro_batches, torch_side
 from quick_weights import draw_on_gpu
-from torch import Tensor, nn
+from torch import Tensor
 from torch import distributed as dist
-from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import ScheduleDualPipeV
 
-from model.config import ModelConfig
-from model.transformer import Transformer
-from parallel.build import build_executor, build_model, placement
-from parallel.chunk import LossWeights, MicroBatch
 from parallel.config import ParallelConfig
-from parallel.executor import Executor
 from parallel.launch import keep_compiled_kernels
 from parallel.mesh import Mesh, make_mesh
-from parallel.schedule import ScheduleName
-from parallel.stages import split_layers
 from parallel.zero import load_deepspeed
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_RANKS = 2
 FOLDED = ParallelConfig(pp=NUM_RANKS, schedule="dualpipev")
-MODEL = ModelConfig(
-    vocab_size=2048,
-    hidden_size=256,
-    num_hidden_layers=8,
-    num_attention_heads=4,
-    q_lora_rank=96,
-    kv_lora_rank=64,
-    qk_nope_head_dim=32,
-    qk_rope_head_dim=16,
-    v_head_dim=32,
-    intermediate_size=704,
-    moe_intermediate_size=176,
-    n_routed_experts=8,
-    num_experts_per_tok=2,
-    routed_scaling_factor=2.5,
-    first_k_dense_replace=1,
-    initializer_range=0.02,
-)
-GPU_MODEL = replace(
-    MODEL,
-    vocab_size=8192,
-    hidden_size=2048,
-    num_attention_heads=16,
-    q_lora_rank=None,
-    kv_lora_rank=512,
-    qk_nope_head_dim=128,
-    qk_rope_head_dim=64,
-    v_head_dim=128,
-    intermediate_size=8192,
-    moe_intermediate_size=1024,
-    n_routed_experts=16,
-    num_experts_per_tok=4,
-    initializer_range=0.006,
-)
-Ending = Callable[[], None]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is run, and how far losses and norms of the sides may differ."""
-
-    model: ModelConfig
-    micro_batch_size: int
-    seq_len: int
-    device: torch.device
-    dtype: torch.dtype
-    tolerance: float
-
-
-@dataclass(frozen=True)
-class Side:
-    """One way to run a step. `step` leaves the gradients of the mean loss on `module`, calls its argument and returns
-    that loss, or 0 where it is not known. Eva's have an executor."""
-
-    name: str
-    module: nn.Module
-    step: Callable[[Ending], float]
-    executor: Executor | None = None
 
 
 class Times(NamedTuple):
@@ -125,41 +56,6 @@ class Times(NamedTuple):
 
     taken: float
     busy: float
-
-
-class Stage(nn.Module):
-    """The layers of one stage as an ordinary module; of the last stage it gives what the head is applied to."""
-
-    def __init__(self, model: Transformer, stage: int) -> None:
-        super().__init__()
-        stages = split_layers(model.config, 2 * NUM_RANKS)
-        is_last = stage == len(stages) - 1
-        self.embed_tokens = model.embed_tokens if stage == 0 else nn.Identity()
-        self.layers = nn.ModuleList(model.block(index) for index in stages[stage])
-        self.norm = model.norm if is_last else nn.Identity()
-        self.head = model.lm_head if is_last else None
-        self._context = model.training_context
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Tokens [B, S] or states [B, S, D] to states."""
-        context = self._context(x.shape[1], None)
-        x = self.embed_tokens(x)
-        for block in self.layers:
-            x, _ = block(x, context)
-        out: Tensor = self.norm(x)
-        return out
-
-
-class KeptWeights(torch.optim.Optimizer):
-    """What DeepSpeed gets for an optimizer: it ends a step and changes nothing."""
-
-    def __init__(self, parameters: Any) -> None:
-        super().__init__(parameters, {})
-        self.end: Ending = lambda: None
-
-    def step(self, closure: Any = None) -> None:
-        """Ends the step."""
-        self.end()
 
 
 def main() -> None:
@@ -182,20 +78,10 @@ def main() -> None:
     raise SystemExit(subprocess.run(command, env=environment).returncode)
 
 
-def make_setting(arguments: argparse.Namespace) -> Setting:
-    """What the command line asks for."""
-    dtype = arguments.dtype or ("bf16" if arguments.device == "cuda" else "fp32")
-    precision = (torch.bfloat16, 5e-3) if dtype == "bf16" else (torch.float32, 1e-5)
-    if arguments.device == "cpu":
-        return Setting(MODEL, arguments.micro_batch_size, 128, torch.device("cpu"), *precision)
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    return Setting(GPU_MODEL, arguments.micro_batch_size, 4096, device, *precision)
-
-
 def run_rank(arguments: argparse.Namespace) -> None:
     """Measures each number of micro-batches; the first rank prints the tables."""
     torch.set_num_threads(1)
-    setting, deepspeed = make_setting(arguments), load_deepspeed()
+    setting, deepspeed = make_setting(arguments, FOLDED), load_deepspeed()
     if setting.device.type == "cuda":
         torch.cuda.set_device(setting.device)
         keep_compiled_kernels()
@@ -239,14 +125,6 @@ def print_tables(
     print("\n".join(bubbles))
 
 
-def micro_batches(setting: Setting, number: int) -> list[MicroBatch]:
-    """Random tokens, the same on all ranks."""
-    generator = torch.Generator().manual_seed(1)
-    size = setting.micro_batch_size, setting.seq_len + 1
-    tokens = (torch.randint(0, setting.model.vocab_size, size, generator=generator) for _ in range(number))
-    return [MicroBatch(each.to(setting.device)) for each in tokens]
-
-
 def make_sides(deepspeed: Any, mesh: Mesh, setting: Setting, number: int, leave_out: Sequence[str]) -> list[Side]:
     """All sides, Eva's DualPipeV first and once more, which shows the noise. Each has weights of its own."""
     batches = micro_batches(setting, number)
@@ -261,120 +139,6 @@ def make_sides(deepspeed: Any, mesh: Mesh, setting: Setting, number: int, leave_
     }
     wanted = {name: make for name, make in sides.items() if not any(re.search(pattern, name) for pattern in leave_out)}
     return [make(name=name, mesh=mesh, setting=setting, batches=batches) for name, make in wanted.items()]
-
-
-def build(setting: Setting, parallel: ParallelConfig, mesh: Mesh) -> Transformer:
-    """This rank's part, its weights in the dtype of the setting."""
-    model = build_model(setting.model, parallel, mesh, seed=0, device=setting.device)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(setting.dtype)
-    return model
-
-
-def eva_side(schedule: ScheduleName, *, name: str, mesh: Mesh, setting: Setting, batches: list[MicroBatch]) -> Side:
-    """Our executor."""
-    parallel = ParallelConfig(pp=NUM_RANKS, schedule=schedule)
-    model = build(setting, parallel, mesh)
-    executor = build_executor(model, parallel, mesh, defers=True)
-
-    def step(end: Ending) -> float:
-        model.zero_grad()
-        outcome = executor.train(batches, LossWeights(1 / len(batches), 0.0, 0.0))
-        end()
-        return float(outcome.losses[0]) / len(batches)
-
-    return Side(name, model, step, executor)
-
-
-def torch_side(*, name: str, mesh: Mesh, setting: Setting, batches: list[MicroBatch], uses_deferred: bool) -> Side:
-    """torch's schedule. It splits backward passes by walking autograd's graph or, where `uses_deferred`, as Eva does:
-    each layer leaves its weight gradients for later."""
-    model = build(setting, FOLDED, mesh)
-    deferred = model.execution.weight_gradients
-
-    def take_deferred() -> Callable[[], None]:
-        works = deferred.take()
-
-        def run() -> None:
-            for work in works:
-                work()
-
-        return run
-
-    shape = setting.micro_batch_size, setting.seq_len
-    states = torch.empty(*shape, setting.model.hidden_size, dtype=setting.dtype, device="meta", requires_grad=True)
-    tokens = torch.empty(shape, dtype=torch.int64, device="meta")
-    stages = [
-        PipelineStage(
-            Stage(model, index),
-            index,
-            2 * NUM_RANKS,
-            setting.device,
-            input_args=tokens if index == 0 else states,
-            output_args=states,
-            group=mesh.pipeline,
-            dw_builder=take_deferred if uses_deferred else None,
-        )
-        for index in placement(FOLDED).stages_of(mesh.rank)
-    ]
-    schedule = ScheduleDualPipeV(
-        stages,
-        len(batches),
-        loss_fn=lambda hidden, labels: model.lm_head(hidden, labels) / len(batches),
-        scale_grads=False,
-    )
-    inputs, labels = (torch.cat([pair[part] for pair in map(divide, batches)]) for part in (0, 1))
-
-    def step(end: Ending) -> float:
-        model.zero_grad()
-        losses: list[Tensor] = []
-        deferred.deferring = uses_deferred
-        if mesh.rank == 0:
-            schedule.step(inputs, target=labels, losses=losses, return_outputs=False)
-        else:
-            schedule.step(return_outputs=False)
-        deferred.deferring = False
-        end()
-        return float(torch.stack(losses).sum()) if losses else 0.0
-
-    return Side(name, model, step)
-
-
-def deepspeed_side(deepspeed: Any, *, name: str, mesh: Mesh, setting: Setting, batches: list[MicroBatch]) -> Side:
-    """DeepSpeed's engine, which is told nothing of the dtype, without ZeRO, clipping and the reduction over data ranks,
-    of which there is one."""
-    model = build(setting, FOLDED, mesh)
-    pipe = deepspeed.runtime.pipe
-    with redirect_stdout(sys.stderr):
-        module = pipe.dualpipev.DualPipeVModule(
-            layers=[pipe.module.LayerSpec(Stage, model, index) for index in range(2 * NUM_RANKS)],
-            num_stages=NUM_RANKS,
-            partition_method="uniform",
-            loss_fn=lambda hidden, labels: model.lm_head(hidden, labels),
-        )
-    optimizer = KeptWeights(list(module.parameters()))
-    config = {
-        "train_micro_batch_size_per_gpu": setting.micro_batch_size,
-        "gradient_accumulation_steps": len(batches),
-        "steps_per_print": None,
-        "gradient_clipping": 0.0,
-    }
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
-    assert type(engine).__name__ == "DualPipeVEngine"
-    engine.pipeline_enable_backward_allreduce = False
-    data: Iterator[Any] | None = cycle(map(divide, batches)) if mesh.rank == 0 else None
-
-    def step(end: Ending) -> float:
-        optimizer.end = end
-        loss = float(engine.train_batch(data))
-        return loss if mesh.rank == 0 else 0.0
-
-    return Side(name, module, step)
-
-
-def divide(batch: MicroBatch) -> tuple[Tensor, Tensor]:
-    """Inputs and labels [B, S]."""
-    return batch.tokens[:, :-1], batch.tokens[:, 1:]
 
 
 def compare(sides: Sequence[Side], setting: Setting) -> tuple[float, float, list[str]]:

@@ -62,9 +62,12 @@ def test_a_broken_scale_is_seen_by_the_comparison(tmp_path: Path) -> None:
         assert (folder / "compare.svg").is_file()
 
 
-def test_sides_of_the_overlap_agree_where_rows_go_to_their_own_rank() -> None:
-    asked = ("benchmarks/overlap_speed.py", "--ep", 1, "--device", "cpu", "--rounds", 1, "--micro-batches", 4)
+@pytest.mark.parametrize("layout", [("--ep", 1), ("--ep", 2, "--peers")])
+def test_sides_of_the_overlap_agree(layout: tuple[object, ...]) -> None:
+    """Where rows go to their own rank, and on two ranks, with torch's schedule and DeepSpeed's engine beside."""
+    asked = ("benchmarks/overlap_speed.py", *layout, "--device", "cpu", "--rounds", 1, "--micro-batches", 4)
     printed = run(*asked, "--micro-batch-size", 1)
     assert "on all sides" in printed
     assert "BUT" not in printed
     assert printed.count("| pairs in turns") == 2
+    assert printed.count("DualPipeV") == (2 if "--peers" in layout else 0)
