@@ -65,9 +65,9 @@ def turns(activations: Activations, layers: Sequence[int], *, is_last: bool) -> 
 def side_by_side(one: Turns, other: Turns) -> tuple[list[Sizes], list[Sizes]]:
     """The turns of the forward pass of one stage and the backward pass of the other, without the pauses they leave
     out: what would come after each of these comes in the turn before."""
-    few, also = map(len, pauses_left_out(other.backward_counts, one.forward_counts))
-    forward = [sum(one.forward[: also + 1], Sizes()), *one.forward[also + 1 :]]
-    kept = len(other.backward) - few - 1
+    fewer_backward, fewer_forward = map(len, pauses_left_out(other.backward_counts, one.forward_counts))
+    first, kept = fewer_forward + 1, len(other.backward) - fewer_backward - 1
+    forward = [sum(one.forward[:first], Sizes()), *one.forward[first:]]
     return forward, [*other.backward[:kept], sum(other.backward[kept:], Sizes())]
 
 
