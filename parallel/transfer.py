@@ -129,7 +129,7 @@ class _InCollectives:
         ]
         for out, sent in pairs:
             out[:own].copy_(sent[:own])
-        on_gpu = any(tensor.is_cuda for tensor in tensors)
+        on_gpu = any(tensor.device.type == "cuda" for tensor in tensors)
         self._copied = torch.cuda.current_stream().record_event() if on_gpu else None
 
     def wait(self) -> tuple[Tensor, ...]:

@@ -11,7 +11,7 @@ from support import PROJECT
 PACKAGES = ("model", "parallel", "data", "pretrain")
 MAY_IMPORT = {
     "model": {"torch", "triton"},
-    "parallel": {"model", "torch", "deepspeed", "triton"},
+    "parallel": {"model", "torch", "deepspeed", "triton", "cuda"},
     "data": {
         "numpy", "torch", "safetensors", "pydantic", "rich",
         "datasets", "pyarrow", "zstandard", "sentencepiece", "tokenizers",
@@ -37,6 +37,8 @@ def breaches(path: str, source: str) -> Iterator[str]:
     tree = ast.parse(source)
     for name in _imports(tree):
         yield from _check_import(package, name)
+    if package == "parallel" and path != "parallel/peer_copies.py" and "cuda" in _roots(tree):
+        yield "only parallel/peer_copies.py may import cuda"
     if path != "parallel/zero.py" and _names(tree, "deepspeed"):
         yield "only parallel/zero.py may name deepspeed"
     for heavy in HEAVY:
@@ -66,6 +68,10 @@ def _imports(tree: ast.AST) -> Iterator[str]:
         elif isinstance(node, ast.Call) and _dotted(node.func).rpartition(".")[2] in ("import_module", "__import__"):
             name = node.args[0] if node.args else None
             yield str(name.value) if isinstance(name, ast.Constant) else "?"
+
+
+def _roots(tree: ast.AST) -> set[str]:
+    return {name.partition(".")[0] for name in _imports(tree)}
 
 
 def _check_import(package: str, name: str) -> Iterator[str]:
@@ -147,6 +153,8 @@ def test_every_package_is_looked_at() -> None:
         ("parallel/a.py", "import deepspeed", "only parallel/zero.py may name deepspeed"),
         ("parallel/a.py", "from deepspeed.moe import layer", "only parallel/zero.py may name deepspeed"),
         ("parallel/a.py", "load('deepspeed.comm')", "only parallel/zero.py may name deepspeed"),
+        ("parallel/a.py", "from cuda.bindings import driver", "only parallel/peer_copies.py may import cuda"),
+        ("model/a.py", "import cuda.bindings", "model may not import cuda"),
         ("parallel/a.py", "import transformer_engine", "only model may name transformer_engine"),
         ("model/a.py", "import triton", "only model/kernels/ and parallel/adamw_kernel.py may name triton"),
         ("pretrain/a.py", "import pickle", "pickle runs what it reads"),
