@@ -7,9 +7,10 @@
 
 The same micro-batches forward and backward, without an optimizer: pairs of passes in turns, so that all-to-alls of one
 run beside the arithmetic of the other; the same schedule with the passes of a pair one after another, where nothing but
-weight gradients of experts lies beside their all-to-alls; and 1f1b. Losses and norms are compared first. Then one step
-of each is traced. Rows that a GPU sends to itself are copied: there is nothing to hide then, but how long no kernel
-runs tells whether the host keeps up.
+weight gradients of experts lies beside their all-to-alls; and 1f1b; with `--peers` torch's schedule and DeepSpeed's
+engine, whose all-to-alls are waited for at once. Losses and norms are compared first. Then one step of each is traced.
+Rows that a GPU sends to itself are copied: there is nothing to hide then, but how long no kernel runs tells whether the
+host keeps up.
 """
 
 import argparse
@@ -131,7 +132,7 @@ def to_itself(parallel: ParallelConfig, mesh: Mesh, num_experts: int, *, clock: 
 
 def make_sides(arguments: argparse.Namespace, mesh: Mesh, setting: Setting) -> list[Side]:
     """The overlapped one first. On one GPU there is one more, where rows stay where they are, as with others' ways."""
-    batches = micro_batches(setting, arguments.micro_batches)
+    batches = micro_batches(setting, mesh, arguments.micro_batches)
     make = partial(make_side, arguments, mesh, setting, batches)
     alone = [make("1f1b, no rows sent", "1f1b", run_in_turns)] if arguments.ep == 1 else []
     others = list(make_peers(mesh, setting, batches)) if arguments.peers else []

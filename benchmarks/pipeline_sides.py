@@ -177,9 +177,9 @@ def make_setting(arguments: argparse.Namespace, parallel: ParallelConfig) -> Set
     return Setting(GPU_MODEL, parallel, arguments.micro_batch_size, 4096, device, *precision)
 
 
-def micro_batches(setting: Setting, number: int) -> list[MicroBatch]:
-    """Random tokens, the same on all ranks."""
-    generator = torch.Generator().manual_seed(1)
+def micro_batches(setting: Setting, mesh: Mesh, number: int) -> list[MicroBatch]:
+    """Random tokens, others on each data rank."""
+    generator = torch.Generator().manual_seed(1 + mesh.shape.dp_rank(mesh.rank))
     size = setting.micro_batch_size, setting.seq_len + 1
     tokens = (torch.randint(0, setting.model.vocab_size, size, generator=generator) for _ in range(number))
     return [MicroBatch(each.to(setting.device)) for each in tokens]

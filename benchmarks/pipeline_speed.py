@@ -127,7 +127,7 @@ def print_tables(
 
 def make_sides(deepspeed: Any, mesh: Mesh, setting: Setting, number: int, leave_out: Sequence[str]) -> list[Side]:
     """All sides, Eva's DualPipeV first and once more, which shows the noise. Each has weights of its own."""
-    batches = micro_batches(setting, number)
+    batches = micro_batches(setting, mesh, number)
     sides = {
         "Eva, dualpipev": partial(eva_side, "dualpipev"),
         "torch ScheduleDualPipeV": partial(torch_side, uses_deferred=False),

@@ -86,13 +86,15 @@ class Chunk:
     recompute_blocks: bool = False
 
     def count_turns(self, *, backward: bool) -> TurnCounts:
-        """Of a pass, where rows go in one hop and one round."""
-        if not self.dispatcher.travels:
-            return TurnCounts(0, 0)
+        """Of a pass, where rows go in one round."""
         depths = self.model.config.num_nextn_predict_layers if self.is_last else 0
         with_experts = depths + len({*self.layers} & {*self.model.config.moe_layers})
-        turns = TURNS_A_LAYER * (2 if backward and self.recompute_blocks else 1)
+        turns = self._turns_a_layer * (2 if backward and self.recompute_blocks else 1)
         return TurnCounts(turns * with_experts, turns * (len(self.layers) + depths - with_experts))
+
+    @property
+    def _turns_a_layer(self) -> int:
+        return TURNS_A_LAYER * self.dispatcher.num_hops
 
     def forward(
         self, tape: Tape, x: Tensor | None, batch: MicroBatch, weights: LossWeights, outcome: Outcome
@@ -155,7 +157,7 @@ class Chunk:
         return out if shared is None else out + shared
 
     def _run_dense(self, block: Block, passing: _Pass, tape: Tape, residual: Tensor, normed: Tensor) -> Steps[Tensor]:
-        """The MLP of a layer without experts, with as many pauses as there are turns where rows travel."""
+        """The MLP of a layer without experts, with as many pauses as a layer with experts has turns."""
         if self.dispatcher.travels:
             residual, normed = tape.cut(residual, normed, roots=passing.roots)
             passing.roots.clear()
@@ -164,8 +166,8 @@ class Chunk:
         out = residual if shared is None else residual + shared
         if self.dispatcher.travels:
             out = _cut(passing, tape, out)
-            yield from tape.pause()
-            yield from tape.pause()
+            for _ in range(self._turns_a_layer - 1):
+                yield from tape.pause()
         return out
 
     def _losses(self, passing: _Pass, tape: Tape, x: Tensor, tokens: Tensor) -> Steps[None]:

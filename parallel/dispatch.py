@@ -129,6 +129,11 @@ class Dispatcher:
         self._exchange = Fp8AllToAll if fp8 else AllToAll
 
     @property
+    def num_hops(self) -> int:
+        """Of the way to experts."""
+        return len(self._hops)
+
+    @property
     def travels(self) -> bool:
         """Whether rows go anywhere. If not, `run` leaves nothing on the tape, and its inputs need not be leaves."""
         return bool(self._hops)

@@ -8,10 +8,10 @@ waited for, so whoever drives two of them in turns hides the transfers of one un
     attend ─ count ─ yield ─ launch ─ yield ─ experts ─ launch ─ yield ─ combine          forward
     combine ─ launch ─ yield ─ experts ─ launch ─ yield ─ their weights ─ yield ─ attend  backward
 
-Both have three turns a layer, or more, on all ranks alike, where rows go in hops or in rounds or a part is run again. A
-layer without experts pauses as often, where the other pass has more turns than there are without. What a turn launches
-is under way while the other pass has its turn; and when the host waits for counts, the device has the other's work to
-do.
+Both have three turns a layer for each hop of rows, on all ranks alike, and more where rows go in rounds or a part is
+run again. A layer without experts pauses as often, but only as far as the other pass has more turns in which something
+is under way. What a turn launches travels while the other pass has its turn; and when the host waits for counts, the
+device has the other's work to do.
 
 Tensors that pass between segments are leaves. A leaf adds up the gradients of all segments that use it.
 """
@@ -33,6 +33,7 @@ PAUSE: Final = "pause"
 Steps = Generator[Turn, None, T]
 """A pass that yields when one of its turns ends: why."""
 TURNS_A_LAYER: Final = 3
+"""For each hop of rows."""
 
 
 class TurnCounts(NamedTuple):

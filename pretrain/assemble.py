@@ -122,8 +122,8 @@ def _check_copy_engines(config: Config, place: Place, mesh: Mesh) -> None:
     if not can_copy(mesh.expert_node, place.device):
         raise UserError(
             f"{key} needs a GPU for each rank that reaches those of the others of its expert group on the node, all of "
-            f"them visible to all of these ranks, and no group that goes beyond a node by a part of one (parallel.ep = "
-            f"{ep}); set it to false, and NCCL carries the rows"
+            "them visible to all of these ranks; set it to false, and NCCL carries the rows. (Where parallel.ep = "
+            f"{ep} is no multiple of the ranks of a node, the whole group counts as one node.)"
         )
 
 

@@ -139,10 +139,12 @@ def _found(segments: Sequence[Tensor], taken: _Taken) -> Generator[Tensor, None,
             finally:
                 found.set()
 
-    finders = [threading.Thread(target=find, args=(first,), daemon=True) for first in range(_FINDERS)]
-    for finder in finders:
-        finder.start()
+    finders = []
     try:
+        for first in range(_FINDERS):
+            finder = threading.Thread(target=find, args=(first,), daemon=True)
+            finder.start()
+            finders.append(finder)
         for segment, found in zip(segments, events, strict=True):
             found.wait()
             if not taken.given_up:

@@ -19,18 +19,19 @@ from parallel.tape import Steps, run_in_turns
 from pretrain.planning.activations import Activations
 from pretrain.planning.pairs import side_by_side, turns
 
-WORLD, MICRO_BATCHES, SEQ_LEN = 2, 4, 12
+MICRO_BATCHES, SEQ_LEN = 4, 12
 MODEL = small_model(num_hidden_layers=5, n_group=1, topk_group=1)
 
 
-def parallel_config(recompute: tuple[Any, ...]) -> ParallelConfig:
-    return ParallelConfig(ep=WORLD, schedule="dualpipev", recompute=recompute)
+def parallel_config(ep: int, recompute: tuple[Any, ...]) -> ParallelConfig:
+    return ParallelConfig(ep=ep, schedule="dualpipev", recompute=recompute)
 
 
-def take_turns(rank: int, recompute: tuple[Any, ...], is_skewed: bool) -> dict[str, Any]:
-    """How many turns the passes of each pair took, and how many weight gradients of experts came after the others."""
-    config = parallel_config(recompute)
-    mesh = make_mesh(config.mesh_shape(WORLD))
+def take_turns(rank: int, ep: int, recompute: tuple[Any, ...], is_skewed: bool) -> dict[str, Any]:
+    """How many turns the passes of each pair took, and how many weight gradients of experts came after the others.
+    Nodes have two ranks."""
+    config = parallel_config(ep, recompute)
+    mesh = make_mesh(config.mesh_shape(ep, node_size=2))
     model = build_model(MODEL, config, mesh, seed=0, device=torch.device("cpu"))
     if is_skewed:
         for bias in model.expert_biases().values():
@@ -71,9 +72,10 @@ def take_turns(rank: int, recompute: tuple[Any, ...], is_skewed: bool) -> dict[s
 
 @pytest.mark.parametrize("is_skewed", [False, True])
 @pytest.mark.parametrize("recompute", [(), ("block",)])
-def test_turns_of_pairs(tmp_path: Path, recompute: tuple[Any, ...], is_skewed: bool) -> None:
-    ranks = run_ranks(WORLD, take_turns, recompute, is_skewed, folder=tmp_path)
-    config = parallel_config(recompute)
+@pytest.mark.parametrize("hops", [1, 2])
+def test_turns_of_pairs(tmp_path: Path, hops: int, recompute: tuple[Any, ...], is_skewed: bool) -> None:
+    ranks = run_ranks(2 * hops, take_turns, 2 * hops, recompute, is_skewed, folder=tmp_path)
+    config = parallel_config(2 * hops, recompute)
     sizes = Activations(model=MODEL, parallel=config, num_bytes=4, micro_batch_size=2, seq_len=SEQ_LEN)
     layers = split_layers(MODEL, placement(config).num_stages)
     stages = [turns(sizes, layers[stage], is_last=stage == len(layers) - 1) for stage in range(len(layers))]
@@ -83,9 +85,11 @@ def test_turns_of_pairs(tmp_path: Path, recompute: tuple[Any, ...], is_skewed: b
     expected = []
     for pair in pairs:
         forward, backward = side_by_side(stages[pair.forward.stage], stages[pair.backward.stage])
-        expected.append([len(backward), len(forward)])
+        # Each hop has the turns that are planned; what comes after the last is one more.
+        expected.append([1 + hops * (len(turns_of) - 1) for turns_of in (backward, forward)])
     for numbers in ranks:
         assert numbers["taken"] == expected
-    assert (ranks[1]["rows"] == 0) == is_skewed
-    assert min(ranks[0]["late"]) > 0, "both matrices of the experts of every layer"
-    assert len(ranks[0]["late"]) == len(ranks[1]["late"])
+    assert (ranks[-1]["rows"] == 0) == is_skewed
+    # In the hop that ends at experts.
+    assert min(ranks[0]["late"][hops - 1 :: hops]) > 0, "both matrices of the experts of every layer"
+    assert len(ranks[0]["late"]) == len(ranks[-1]["late"])
