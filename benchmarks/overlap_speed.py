@@ -131,7 +131,7 @@ def to_itself(parallel: ParallelConfig, mesh: Mesh, num_experts: int, *, clock: 
 
 
 def make_sides(arguments: argparse.Namespace, mesh: Mesh, setting: Setting) -> list[Side]:
-    """The overlapped one first. On one GPU there is one more, where rows stay where they are, as with others' ways."""
+    """The overlapped one first. On one GPU there is one more, where rows stay, as in those of peers."""
     batches = micro_batches(setting, mesh, arguments.micro_batches)
     make = partial(make_side, arguments, mesh, setting, batches)
     alone = [make("1f1b, no rows sent", "1f1b", run_in_turns)] if arguments.ep == 1 else []

@@ -119,16 +119,14 @@ class Stage(nn.Module):
 
 
 def _run_block(block: Any, x: Tensor, context: AttentionContext, dispatcher: Dispatcher) -> Tensor:
+    if not dispatcher.travels:
+        out: Tensor = block(x, context)[0]
+        return out
     attended = block.attend(x, context)
     shared, out = block.shared(attended.normed), attended.residual
     if attended.route is not None:
         rows, route = attended.normed.flatten(0, 1), attended.route
-        routed = (
-            _Travel.apply(rows, route.weights, route.experts, block, dispatcher)
-            if dispatcher.travels
-            else block.routed(RoutedRows(rows, route.experts, route.weights))
-        )
-        out = out + routed.view_as(out)
+        out = out + _Travel.apply(rows, route.weights, route.experts, block, dispatcher).view_as(out)
     return out if shared is None else out + shared
 
 

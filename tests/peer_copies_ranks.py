@@ -20,8 +20,8 @@ from parallel.transfer import Traffic
 
 WIDTH, NUM_EXPERTS, TOKENS, CHOICES = 160, 12, 700, 3
 FLIGHTS, TRANSFERS = 3, 60
-# Where something waits for nobody, it is too early.
 SLEEP_CYCLES = 2_000_000
+"""By which a rank's GPU is late: some others would take rows before they are there, if they did not wait."""
 
 
 def main() -> None:
@@ -134,6 +134,7 @@ class Pass:
         factors = (self.weights * (self.chosen + 1)).sum(1, keepdim=True).detach()
         torch.testing.assert_close(self.out.detach(), seen * factors)
         torch.testing.assert_close(self.x.grad, factors.expand_as(x))
+        # Sums over a row, of which some nearly cancel.
         torch.testing.assert_close(
             self.weights.grad, seen.sum(1, keepdim=True) * (self.chosen + 1), atol=1e-4, rtol=1e-4
         )

@@ -9,7 +9,7 @@ import heapq
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from typing import Any
 
@@ -246,17 +246,7 @@ def describe_change(before: Config, after: Config, ranks: int, *, world_size: in
     words = [f"--world-size {ranks}"] if ranks != world_size else []
     if before.train.micro_batch_size != after.train.micro_batch_size:
         words.append(f"--set train.micro_batch_size={after.train.micro_batch_size}")
-    for name in (
-        "pp",
-        "ep",
-        "cp",
-        "schedule",
-        "zero_stage",
-        "max_expert_rows",
-        "fp8_dispatch",
-        "copy_engines",
-        "recompute",
-    ):
+    for name in (item.name for item in fields(after.parallel)):
         value = getattr(after.parallel, name)
         if getattr(before.parallel, name) != value:
             words.append(f"--set parallel.{name}={_as_argument(value)}")
