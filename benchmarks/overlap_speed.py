@@ -52,6 +52,7 @@ from parallel.config import ParallelConfig
 from parallel.dispatch import Dispatcher, Hop
 from parallel.launch import keep_compiled_kernels
 from parallel.mesh import Mesh, make_mesh
+from parallel.peer_copies import can_copy
 from parallel.schedule import ScheduleName
 from parallel.tape import Steps, run_in_turns, run_to_end
 from parallel.transfer import Collectives
@@ -73,7 +74,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="(default: bf16 on GPUs)")
     parser.add_argument("--fp8-dispatch", action="store_true", help="rows on their way to experts in FP8")
     parser.add_argument("--peers", action="store_true", help="also torch's and DeepSpeed's DualPipeV on these stages")
-    parser.add_argument("--copy-engines", action="store_true", help="these carry rows, not NCCL")
+    parser.add_argument("--nccl", action="store_true", help="carries rows, not copy engines")
     parser.add_argument("--intervals", type=Path, metavar="FILE", help="write the overlapped step, for overlap.py")
     arguments = parser.parse_args()
     if "RANK" in os.environ:
@@ -96,13 +97,16 @@ def run_rank(arguments: argparse.Namespace) -> None:
     if setting.dtype == torch.bfloat16:
         draw_on_gpu()
     mesh = make_mesh(setting.parallel.mesh_shape(arguments.ep * arguments.pp))
+    carried = "copy engines" if not arguments.nccl and can_copy(mesh.expert_node, setting.device) else "collectives"
     sides = make_sides(arguments, mesh, setting)
     loss, norm, differences = compare(sides, setting)
     times = measure(sides, setting, arguments.rounds)
     tell("traces")
     traces = [trace(side, setting, mesh.rank) for side in sides]
     if mesh.rank == 0:
-        print_table(arguments, setting, sides, [median(one.taken for one in of_side) for of_side in times], traces)
+        print_table(
+            arguments, setting, carried, sides, [median(one.taken for one in of_side) for of_side in times], traces
+        )
         print(f"\nloss, summed over ranks, {loss:.6f}, gradient norm {norm:.6f} on all sides")
         print("\n".join(f"BUT {difference}" for difference in differences))
     if mesh.rank == 0 and arguments.intervals and traces[0]:
@@ -119,7 +123,7 @@ def layout(arguments: argparse.Namespace, schedule: ScheduleName) -> ParallelCon
         ep=arguments.ep,
         schedule=schedule,
         fp8_dispatch=arguments.fp8_dispatch,
-        copy_engines=arguments.copy_engines,
+        copy_engines=not arguments.nccl,
     )
 
 
@@ -226,6 +230,7 @@ def trace(side: Side, setting: Setting, rank: int) -> list[Kernel]:
 def print_table(
     arguments: argparse.Namespace,
     setting: Setting,
+    carried: str,
     sides: Sequence[Side],
     seconds: Sequence[float],
     traces: Sequence[Sequence[Kernel]],
@@ -235,7 +240,6 @@ def print_table(
     layout_name = f"EP {arguments.ep}, PP {arguments.pp}"
     print(f"\n{date.today()}, {arguments.ep * arguments.pp} x {name}, torch {torch.__version__}, {layout_name}")
     print(f"{arguments.micro_batches} micro-batches of {setting.micro_batch_size} x {setting.seq_len} tokens")
-    carried = "copy engines" if arguments.copy_engines else "collectives"
     print(f"{setting.dtype}, rows in FP8: {arguments.fp8_dispatch}, carried by {carried}, {variables}\n")
     print("| side | ms a step | of the first | main phase ms | all-to-all ms | hidden | compute runs |")
     print("|---|---|---|---|---|---|---|")

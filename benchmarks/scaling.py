@@ -75,13 +75,13 @@ SERIES = {
             Layout("1 GPU", 1),
             Layout("2, ZeRO 1", 2, ("parallel.zero_stage=1",)),
             Layout("2, ep2", 2, ("parallel.ep=2",)),
+            Layout("2, ep2, NCCL", 2, ("parallel.ep=2", "parallel.copy_engines=false")),
             Layout("2, ep2, dualpipev", 2, ("parallel.ep=2", "parallel.schedule=dualpipev")),
             Layout(
-                "2, ep2, dualpipev, copy engines",
+                "2, ep2, dualpipev, NCCL",
                 2,
-                ("parallel.ep=2", "parallel.schedule=dualpipev", "parallel.copy_engines=true"),
+                ("parallel.ep=2", "parallel.schedule=dualpipev", "parallel.copy_engines=false"),
             ),
-            Layout("2, ep2, copy engines", 2, ("parallel.ep=2", "parallel.copy_engines=true")),
         ),
     ),
     4: Series(

@@ -13,10 +13,11 @@ class ParallelConfig:
     left of the world size. `schedule` orders the pipeline's work, `zero_stage` says what of optimizer, gradients and
     weights is divided over data ranks, `optimizer_offload` keeps masters and moments in the CPU's memory. No more than
     `max_expert_rows` rows (0: any number) reach a rank's experts at once; `fp8_dispatch` sends them in FP8;
-    `copy_engines` take them to the GPUs of a node in NCCL's place. `fp8_swiglu` keeps the inputs of SwiGLU in FP8 until
-    the backward pass. What `recompute` lists is computed again there instead of kept: "norms", the up-projections of
-    attention ("mla_up"), the activations of MLPs and experts ("swiglu"), the copies of tokens that experts get
-    ("expert_rows"), or whole layers ("block"). Routed experts in bf16 on a GPU keep none of the two in any case."""
+    `copy_engines` take them to the GPUs of a node in NCCL's place, if these reach one another. `fp8_swiglu` keeps the
+    inputs of SwiGLU in FP8 until the backward pass. What `recompute` lists is computed again there instead of kept:
+    "norms", the up-projections of attention ("mla_up"), the activations of MLPs and experts ("swiglu"), the copies of
+    tokens that experts get ("expert_rows"), or whole layers ("block"). Routed experts in bf16 on a GPU keep none of the
+    two in any case."""
 
     pp: int = 1
     ep: int = 1
@@ -26,7 +27,7 @@ class ParallelConfig:
     optimizer_offload: bool = False
     max_expert_rows: int = 0
     fp8_dispatch: bool = False
-    copy_engines: bool = False
+    copy_engines: bool = True
     fp8_swiglu: bool = False
     recompute: tuple[Literal["norms", "mla_up", "swiglu", "expert_rows", "block"], ...] = ()
 
@@ -41,7 +42,7 @@ class ParallelConfig:
                 f"max_expert_rows = {self.max_expert_rows} must be above ep = {self.ep}, as each of these ranks may "
                 "send a row in a round; raise it, or set it to 0 for no bound"
             )
-        for name in ("max_expert_rows", "fp8_dispatch", "copy_engines"):
+        for name in ("max_expert_rows", "fp8_dispatch"):
             if getattr(self, name) and self.ep == 1:
                 value = str(getattr(self, name)).lower()
                 raise ValueError(f"{name} = {value} has no effect with ep = 1, where no row is sent; remove it")

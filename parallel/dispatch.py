@@ -27,7 +27,7 @@ from model.permute import Copies, collect
 from parallel.clock import Clock
 from parallel.config import ParallelConfig
 from parallel.mesh import Mesh
-from parallel.peer_copies import PeerCopies
+from parallel.peer_copies import PeerCopies, can_copy
 from parallel.rows import Leaving, Members, count_leaving, pack_leaving
 from parallel.tape import UNDER_WAY, Steps, Tape
 from parallel.transfer import AllToAll, Carrier, Collectives, Fp8AllToAll, Traffic
@@ -132,6 +132,11 @@ class Dispatcher:
     def num_hops(self) -> int:
         """Of the way to experts."""
         return len(self._hops)
+
+    @property
+    def carriers(self) -> tuple[str, ...]:
+        """Who carries rows, on one hop after another."""
+        return tuple(hop.rows.name for hop in self._hops)
 
     @property
     def travels(self) -> bool:
@@ -270,7 +275,7 @@ def make_dispatcher(
     if ranks > 1:
         rows: Carrier = Collectives(mesh.expert_node)
         counts = rows
-        if parallel.copy_engines:
+        if parallel.copy_engines and can_copy(mesh.expert_node, device):
             # Counts do not queue behind rows.
             rows, counts = PeerCopies(mesh.expert_node, device), PeerCopies(mesh.expert_node, device)
         hops.append(Hop(mesh.expert_node, num_experts // nodes // ranks, rows, counts))

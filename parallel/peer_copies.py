@@ -38,6 +38,7 @@ READY, TAKEN = 0, 1
 class PeerCopies:
     """Carries rows among the ranks of a group whose GPUs reach one another (`can_copy`)."""
 
+    name = "copy engines"
     needs_multiprocessors = False
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
@@ -174,13 +175,15 @@ class _Shared:
 def can_copy(group: dist.ProcessGroup, device: torch.device) -> bool:
     """Whether the ranks of a group are on one machine, each with a GPU that reaches the memory of the others'. All of
     them must ask, and learn the same."""
+    if device.type != "cuda":
+        return False
     boot = Path("/proc/sys/kernel/random/boot_id")
-    here = f"{node()} {boot.read_text() if boot.exists() else ''}", device.type, device.index
+    here = f"{node()} {boot.read_text() if boot.exists() else ''}", device.index
     places: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(places, here, group=group)
     # Ranks that each see one GPU alone all call it the first; torch refuses that, unless it is told otherwise.
     distinct = len(set(places)) == len(places) or os.environ.get("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES") == "1"
-    reached = device.type == "cuda" and len({place[:2] for place in places}) == 1 and distinct
+    reached = len({place[0] for place in places}) == 1 and distinct and _has_driver()
     reached = reached and all(
         torch.cuda.can_device_access_peer(device.index, index) for *_, index in places if index != device.index
     )
@@ -199,6 +202,14 @@ def _driver() -> Any:
     from cuda.bindings import driver
 
     return driver
+
+
+def _has_driver() -> bool:
+    try:
+        _driver()
+    except ImportError:
+        return False
+    return True
 
 
 def _done(result: tuple[Any, ...]) -> None:

@@ -36,8 +36,9 @@ class Traffic:
 
 class Carrier(Protocol):
     """Brings rows to the members of a group. All members launch the same transfers in the same order. It says whether
-    it needs multiprocessors, which products hold for long."""
+    it needs multiprocessors, which products hold for long, and its name for users."""
 
+    name: str
     needs_multiprocessors: bool
 
     def launch(self, traffic: Traffic, tensors: Sequence[Tensor]) -> Flight:
@@ -101,6 +102,7 @@ class Collectives:
     """Carries rows by the all-to-all of the group's backend, all but a rank's own: NCCL would take these through the
     same few multiprocessors as the others, so they are copied."""
 
+    name = "collectives"
     needs_multiprocessors = True
 
     def __init__(self, group: dist.ProcessGroup) -> None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import distributed as dist
 
 from data.errors import DataError
 from data.stream import SampleStream, open_stream
@@ -16,7 +15,6 @@ from parallel.build import build_executor, build_model, shared_parameters
 from parallel.executor import Executor
 from parallel.launch import Place, gather_texts
 from parallel.mesh import Mesh, make_mesh
-from parallel.peer_copies import can_copy
 from parallel.zero import Optimizer, ZeroConfig, make_optimizer
 from pretrain.config import Config
 from pretrain.errors import SharedError, UserError
@@ -76,9 +74,6 @@ def assemble(config: Config, place: Place, stream: SampleStream) -> Assembly:
     torch.manual_seed(config.run.seed)
     parallel = config.parallel
     mesh = make_mesh(parallel.mesh_shape(place.world_size, node_size=place.node_size))
-    if parallel.copy_engines:
-        with failing_together():
-            _check_copy_engines(config, place, mesh)
     model = build_model(
         config.model,
         parallel,
@@ -110,21 +105,6 @@ def _check_sizes(config: Config, place: Place) -> None:
                 f"model.{name} = {size} must be a multiple of 8 for bf16 experts on a GPU, which read rows 16 bytes at "
                 'a time; change it, or set precision.dtype = "fp32"'
             )
-
-
-def _check_copy_engines(config: Config, place: Place, mesh: Mesh) -> None:
-    key, ep = "parallel.copy_engines = true", config.parallel.ep
-    if dist.get_world_size(mesh.expert_node) == 1:
-        raise UserError(
-            f"{key} has no effect with parallel.ep = {ep} on nodes of {place.node_size}, where rows go to other nodes "
-            "alone; set it to false"
-        )
-    if not can_copy(mesh.expert_node, place.device):
-        raise UserError(
-            f"{key} needs a GPU for each rank that reaches those of the others of its expert group on the node, all of "
-            "them visible to all of these ranks; set it to false, and NCCL carries the rows. (Where parallel.ep = "
-            f"{ep} is no multiple of the ranks of a node, the whole group counts as one node.)"
-        )
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The training loop: batches in order, a step each, records, checkpoints, and an orderly stop."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +15,7 @@ from model.experts import fused_in
 from model.quack import multiplies
 from parallel.heartbeat import Pace, watch_ranks
 from parallel.launch import Place
+from parallel.peer_copies import PeerCopies
 from parallel.watchdog import Progress, watch_progress, write_stacks
 from pretrain.assemble import DTYPES, Assembly, assemble, failing_together, open_data, verify_data
 from pretrain.checkpoints.averages import Averages
@@ -97,6 +98,8 @@ def _train_from(
             model, dtype = run.config.model, DTYPES[run.config.precision.dtype]
             if fused_in(model, dtype, run.model.execution.fp8.config, watched=False) == "bf16":
                 recorder.say(_describe_experts(model))
+        if carriers := next(iter(run.executor.chunks.values())).dispatcher.carriers:
+            recorder.say(_describe_carriers(run, carriers))
         if run.config.precision.fp8 != "off":
             recorder.say(describe_fp8(run.config, run.model.execution.fp8.config))
         return _loop(run, state, held_out, recorder, stop, progress)
@@ -249,6 +252,13 @@ def _describe_experts(model: ModelConfig) -> str:
     if multiplies(model.hidden_size, model.moe_intermediate_size):
         return "experts: QuACK"
     return "experts: torch; QuACK, of the extra `gpu`, is faster on Hopper for sizes that are multiples of 64"
+
+
+def _describe_carriers(run: Assembly, carriers: Sequence[str]) -> str:
+    """Says so where copy engines cannot, which is slower."""
+    asked = run.config.parallel.copy_engines and run.place.device.type == "cuda"
+    where = "; copy engines need GPUs of one node that reach one another and are all visible to each of its ranks"
+    return f"rows to experts: {', then '.join(carriers)}{where if asked and PeerCopies.name not in carriers else ''}"
 
 
 def _describe_attention(run: Assembly, state: TrainState) -> str:

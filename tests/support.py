@@ -198,19 +198,20 @@ def small_model_toml(**changes: Any) -> str:
 
 
 def start_training(
-    config: Path, *overrides: str, processes: int = 1, launcher_options: Sequence[str] = ()
+    config: Path, *overrides: str, processes: int = 1, launcher_options: Sequence[str] = (), share_gpu: bool = False
 ) -> subprocess.Popen[str]:
     """`python -m pretrain train`, or the same under torchrun, in a process group of its own."""
     command = ["-m", "pretrain", "train", str(config)]
     for override in overrides:
         command += ["--set", override]
-    return start_processes(command, processes=processes, launcher_options=launcher_options)
+    return start_processes(command, processes=processes, launcher_options=launcher_options, share_gpu=share_gpu)
 
 
 def start_processes(
-    command: Sequence[str], *, processes: int, launcher_options: Sequence[str] = ()
+    command: Sequence[str], *, processes: int, launcher_options: Sequence[str] = (), share_gpu: bool = False
 ) -> subprocess.Popen[str]:
-    """`python COMMAND` in the project's folder, or `torchrun COMMAND`, in a process group of its own."""
+    """`python COMMAND` in the project's folder, or `torchrun COMMAND`, in a process group of its own. With `share_gpu`
+    all processes compute on the first GPU."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += [
@@ -221,6 +222,8 @@ def start_processes(
             str(processes),
             *launcher_options,
         ]
+    if share_gpu:
+        launcher.append("tests/share_gpu.py")
     paths = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
     return subprocess.Popen(
         [*launcher, *command],

@@ -80,7 +80,6 @@ def _of_axes(config: Config, world_size: int, *, pp: int, cp: int, ep: int) -> I
                     recompute=recompute,
                     max_expert_rows=rows,
                     fp8_dispatch=given.fp8_dispatch and ep > 1,
-                    copy_engines=given.copy_engines and ep > 1,
                 )
             except ValueError:
                 continue

@@ -120,7 +120,7 @@ def _parallel(parallel: ParallelConfig, processes: int) -> tuple[ParallelConfig,
     ep = max(size for size in _divisors(parallel.ep) if lcm(size, cp) <= room)
     ranks = max(lcm(cp, ep), min(2, room))
     bound = parallel.max_expert_rows if ep > 1 else 0
-    small = replace(parallel, cp=cp, ep=ep, fp8_dispatch=False, copy_engines=False, max_expert_rows=bound)
+    small = replace(parallel, cp=cp, ep=ep, fp8_dispatch=False, max_expert_rows=bound)
     return small, parallel.pp * ranks
 
 

@@ -3,7 +3,9 @@ share one, but they cannot be a pipeline."""
 
 import json
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -17,8 +19,9 @@ DEEP = {**WIDE, "num_hidden_layers": 8}
 ON_TWO = {
     "dp2": (),
     "ep2": ("parallel.ep=2",),
+    "ep2 by nccl": ("parallel.ep=2", "parallel.copy_engines=false"),
     "ep2 overlapped": ("parallel.ep=2", "parallel.schedule=dualpipev"),
-    "ep2 overlapped, by copy engines": ("parallel.ep=2", "parallel.schedule=dualpipev", "parallel.copy_engines=true"),
+    "ep2 overlapped, by nccl": ("parallel.ep=2", "parallel.schedule=dualpipev", "parallel.copy_engines=false"),
     "cp2": ("parallel.cp=2",),
     "pp2 1f1b": ("parallel.pp=2",),
     "pp2 zbv": ("parallel.pp=2", "parallel.schedule=zbv"),
@@ -31,7 +34,7 @@ ON_TWO = {
 ON_FOUR = {
     "dp4": (),
     "ep4": ("parallel.ep=4",),
-    "ep4, by copy engines": ("parallel.ep=4", "parallel.copy_engines=true"),
+    "ep4, by nccl": ("parallel.ep=4", "parallel.copy_engines=false"),
     "dp2 ep2 overlapped": ("parallel.ep=2", "parallel.schedule=dualpipev"),
     "cp2 ep2": ("parallel.cp=2", "parallel.ep=2"),
     "pp2 ep2 dualpipev": ("parallel.pp=2", "parallel.ep=2", "parallel.schedule=dualpipev"),
@@ -100,19 +103,19 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 @pytest.fixture(scope="module")
-def spread(alone: Runs, request: pytest.FixtureRequest) -> Runs:
-    """What the layouts of so many GPUs give."""
-    num_gpus: int = request.param
+def runs_on(alone: Runs) -> Callable[[int], Runs]:
+    """What the layouts of so many GPUs give; they run once."""
+    # A fixture with parameters, of which a case has others too, would run them for each case.
+    return cache(partial(spread, alone))
+
+
+def spread(alone: Runs, num_gpus: int) -> Runs:
     pending = {
         run_name(dtype, num_gpus, name): [*settings(run_name(dtype, num_gpus, name), dtype), *overrides]
         for dtype in RATES
         for name, overrides in LAYOUTS[num_gpus].items()
     }
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        if num_gpus == 1:
-            monkeypatch.setenv("SHARED_GPU", "1")
-            monkeypatch.setenv("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
-        failures = train_in_turn(alone.config, pending, processes=max(num_gpus, 2))
+    failures = train_in_turn(alone.config, pending, processes=max(num_gpus, 2), share_gpu=num_gpus == 1)
     return Runs(alone.config, alone.failures | failures)
 
 
@@ -121,13 +124,12 @@ def settings(name: str, dtype: str) -> list[str]:
     return [f"run.name={name}", f"precision.dtype={dtype}", f"timeline.learning_rate={RATES[dtype]}", *COMMON]
 
 
-def train_in_turn(config: Path, pending: Pending, *, processes: int) -> dict[str, str]:
+def train_in_turn(config: Path, pending: Pending, *, processes: int, share_gpu: bool = False) -> dict[str, str]:
     """Runs all, in new processes after one that fails; returns of each that did what was printed."""
     failures = {}
     while pending:
-        launched = start_processes(
-            ["tests/train_in_turn.py", str(config), json.dumps(list(pending.values()))], processes=processes
-        )
+        command = ["tests/train_in_turn.py", str(config), json.dumps(list(pending.values()))]
+        launched = start_processes(command, processes=processes, share_gpu=share_gpu)
         try:
             output, _ = launched.communicate(timeout=LAUNCH_TIMEOUT_S)
         except subprocess.TimeoutExpired:
@@ -147,14 +149,16 @@ def is_complete(run: Path) -> bool:
     return (run / "metrics.jsonl").is_file() and len(read_metrics(run)) == STEPS
 
 
-@pytest.mark.parametrize(("spread", "dtype", "name"), CASES, indirect=["spread"])
-def test_same_as_one_gpu(spread: Runs, dtype: str, name: str, request: pytest.FixtureRequest) -> None:
-    num_gpus = request.node.callspec.params["spread"]
-    needed = run_name(dtype, num_gpus, name), dtype, exact_name(dtype)
+@pytest.mark.parametrize(("num_gpus", "dtype", "name"), CASES)
+def test_same_as_one_gpu(runs_on: Callable[[int], Runs], num_gpus: int, dtype: str, name: str) -> None:
+    runs, needed = runs_on(num_gpus), (run_name(dtype, num_gpus, name), dtype, exact_name(dtype))
     for run in needed:
-        assert run not in spread.failures, spread.failures[run]
-    ours, one, exact = (read_metrics(spread.config.parent / run) for run in needed)
+        assert run not in runs.failures, runs.failures[run]
+    ours, one, exact = (read_metrics(runs.config.parent / run) for run in needed)
     for key in ("loss", "lm_loss", "grad_norm"):
         gap = max(abs(a[key] / b[key] - 1) for a, b in zip(one, exact, strict=True))
         for mine, other in zip(ours, exact, strict=True):
             assert mine[key] == pytest.approx(other[key], rel=max(1e-5, 2 * gap)), (key, mine["step"])
+    if any("parallel.ep" in override for override in LAYOUTS[num_gpus][name]):
+        carriers = "collectives" if "nccl" in name else "copy engines"
+        assert f"rows to experts: {carriers}\n" in (runs.config.parent / needed[0] / "log.txt").read_text()
