@@ -1,7 +1,7 @@
 """Tokens a second of one GPU and of several, and what `pretrain plan` says of step and memory.
 
     python benchmarks/scaling.py --data runs/data                     # two GPUs, about 3 minutes
-    python benchmarks/scaling.py --data runs/data --only "1 GPU" ep2
+    python benchmarks/scaling.py --data runs/data --only "1 GPU" "2, ep2"
     python benchmarks/scaling.py --data runs/data --gpus 4            # configs/dsv3_16b.toml, about 4 minutes
     python benchmarks/scaling.py --data DATA --config configs/tiny.toml --micro-batch-size 1      # without GPUs
 
@@ -107,7 +107,7 @@ def main() -> None:
     print_head(arguments)
     with TemporaryDirectory() as folder:
         for place, layout in enumerate(SERIES[arguments.gpus].layouts):
-            if arguments.only and not any(text in layout.name for text in arguments.only):
+            if arguments.only and layout.name not in arguments.only:
                 continue
             result = launch(layout, arguments.limit, Path(folder) / f"{place}.json")
             first = print_row(arguments, layout, result, first)
@@ -130,10 +130,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--warm-up", type=int, default=2, help="of the steps that do not count")
     parser.add_argument("--hardware", type=Path, default=Path("h200"))
-    parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="layouts with this in their names")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="layouts, as the table names them")
     parser.add_argument("--limit", type=float, default=150, help="seconds that a layout may take")
     arguments = parser.parse_args()
     series = SERIES[arguments.gpus]
+    names = [layout.name for layout in series.layouts]
+    if unknown := [name for name in arguments.only if name not in names]:
+        parser.error(f"--only {unknown[0]!r}: the layouts are {', '.join(map(repr, names))}")
     arguments.config = arguments.config or ROOT / "configs" / f"{series.config}.toml"
     arguments.micro_batch_size = arguments.micro_batch_size or series.micro_batch_size
     return arguments
