@@ -27,7 +27,8 @@ from torch import distributed as dist
 
 from model.packing import encode_rows
 from parallel.clock import Clock
-from parallel.peer_copies import PeerCopies, can_copy
+from parallel.peer_copies import PeerCopies
+from parallel.peer_memory import can_share
 from parallel.transfer import AllToAll, Collectives, Fp8AllToAll, Traffic
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -112,7 +113,7 @@ def run_rank(arguments: argparse.Namespace) -> None:
     lines = []
     group = dist.group.WORLD
     assert group is not None
-    copies = PeerCopies(group, device) if can_copy(group, device) else None
+    copies = PeerCopies(group, device) if can_share(group, device) else None
     for rows in arguments.rows:
         works = sides(rows, arguments.width, device, copies)
         times = measure(works, device, arguments.rounds)

@@ -52,7 +52,7 @@ from parallel.config import ParallelConfig
 from parallel.dispatch import Dispatcher, Hop
 from parallel.launch import keep_compiled_kernels
 from parallel.mesh import Mesh, make_mesh
-from parallel.peer_copies import can_copy
+from parallel.peer_memory import can_share
 from parallel.schedule import ScheduleName
 from parallel.tape import Steps, run_in_turns, run_to_end
 from parallel.transfer import Collectives
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="(default: bf16 on GPUs)")
     parser.add_argument("--fp8-dispatch", action="store_true", help="rows on their way to experts in FP8")
     parser.add_argument("--peers", action="store_true", help="also torch's and DeepSpeed's DualPipeV on these stages")
-    parser.add_argument("--nccl", action="store_true", help="carries rows, not copy engines")
+    parser.add_argument("--nccl", action="store_true", help="let NCCL carry rows where copy engines could")
     parser.add_argument("--intervals", type=Path, metavar="FILE", help="write the overlapped step, for overlap.py")
     arguments = parser.parse_args()
     if "RANK" in os.environ:
@@ -97,7 +97,7 @@ def run_rank(arguments: argparse.Namespace) -> None:
     if setting.dtype == torch.bfloat16:
         draw_on_gpu()
     mesh = make_mesh(setting.parallel.mesh_shape(arguments.ep * arguments.pp))
-    carried = "copy engines" if not arguments.nccl and can_copy(mesh.expert_node, setting.device) else "collectives"
+    copies = arguments.ep > 1 and not arguments.nccl and can_share(mesh.expert_node, setting.device)
     sides = make_sides(arguments, mesh, setting)
     loss, norm, differences = compare(sides, setting)
     times = measure(sides, setting, arguments.rounds)
@@ -105,7 +105,12 @@ def run_rank(arguments: argparse.Namespace) -> None:
     traces = [trace(side, setting, mesh.rank) for side in sides]
     if mesh.rank == 0:
         print_table(
-            arguments, setting, carried, sides, [median(one.taken for one in of_side) for of_side in times], traces
+            arguments,
+            setting,
+            "copy engines" if copies else "collectives",
+            sides,
+            [median(one.taken for one in of_side) for of_side in times],
+            traces,
         )
         print(f"\nloss, summed over ranks, {loss:.6f}, gradient norm {norm:.6f} on all sides")
         print("\n".join(f"BUT {difference}" for difference in differences))

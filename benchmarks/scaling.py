@@ -8,7 +8,7 @@
 Whole optimizer steps on real tokens, of configs/dsv3_2b.toml, on four GPUs of dsv3_16b.toml, from `assemble` and
 `train_step`; each layout is launched by itself. Every rank has the same micro-batches, as many tokens as the one GPU
 has. Medians of all steps but the first `--warm-up`, each until all ranks have ended it. Memory is the allocator's peak
-during the steps, on the rank that needs most, beside the planned peak of all tensors; the seconds are planned for
+during the steps and outboxes, on the rank that needs most, beside what is planned of both; the seconds are planned for
 `--hardware`.
 Goals: 1.9 times the tokens a second with ZeRO 1, 1.85 times with experts on two ranks; memory within 5 %, time within
 20 % of the plan.
@@ -228,7 +228,8 @@ def time_steps(run: Assembly, steps: int, tell: Callable[[str], None]) -> tuple[
 
 
 def _peak(run: Assembly) -> float:
-    return float(torch.cuda.max_memory_allocated()) if run.place.device.type == "cuda" else 0.0
+    beside = run.executor.dispatcher.num_bytes
+    return float(torch.cuda.max_memory_allocated() + beside) if run.place.device.type == "cuda" else 0.0
 
 
 def print_head(arguments: argparse.Namespace) -> None:
@@ -255,7 +256,7 @@ def print_row(arguments: argparse.Namespace, layout: Layout, result: dict[str, A
     micro_batches = arguments.micro_batches * layout.num_ranks // config.parallel.mesh_shape(layout.num_ranks).dp
     planned = predictor(config, config.train.seq_len, layout.num_ranks, hardware).step(micro_batches).seconds
     flops = tokens / seconds / layout.num_ranks * training_flops_per_token(config.model, config.train.seq_len)
-    memory = max(each.peak for each in memories_of(config, layout.num_ranks)) / GIB
+    memory = max(each.peak + each.outboxes for each in memories_of(config, layout.num_ranks)) / GIB
     ratio = f"{tokens / seconds / first:.3f}x" if first else ""
     print(
         f"| {layout.name} | {1e3 * seconds:.0f} ({1e3 * min(times):.0f} to {1e3 * max(times):.0f}) "

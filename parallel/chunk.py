@@ -94,7 +94,7 @@ class Chunk:
 
     @property
     def _turns_a_layer(self) -> int:
-        return TURNS_A_LAYER * self.dispatcher.num_hops
+        return TURNS_A_LAYER * len(self.dispatcher.hops)
 
     def forward(
         self, tape: Tape, x: Tensor | None, batch: MicroBatch, weights: LossWeights, outcome: Outcome

@@ -27,7 +27,8 @@ from model.permute import Copies, collect
 from parallel.clock import Clock
 from parallel.config import ParallelConfig
 from parallel.mesh import Mesh
-from parallel.peer_copies import PeerCopies, can_copy
+from parallel.peer_copies import PeerCopies
+from parallel.peer_memory import can_share
 from parallel.rows import Leaving, Members, count_leaving, pack_leaving
 from parallel.tape import UNDER_WAY, Steps, Tape
 from parallel.transfer import AllToAll, Carrier, Collectives, Fp8AllToAll, Traffic
@@ -121,7 +122,7 @@ class Dispatcher:
     def __init__(
         self, hops: Sequence[Hop], *, group: dist.ProcessGroup, clock: Clock, max_rows: int = 0, fp8: bool = False
     ) -> None:
-        self._hops = tuple(hops)
+        self.hops = tuple(hops)
         self._clock = clock
         self._group = group
         self._stream: torch.cuda.Stream | None = None
@@ -129,24 +130,19 @@ class Dispatcher:
         self._exchange = Fp8AllToAll if fp8 else AllToAll
 
     @property
-    def num_hops(self) -> int:
-        """Of the way to experts."""
-        return len(self._hops)
-
-    @property
-    def carriers(self) -> tuple[str, ...]:
-        """Who carries rows, on one hop after another."""
-        return tuple(hop.rows.name for hop in self._hops)
+    def num_bytes(self) -> int:
+        """Of the device's memory that carriers keep, beside tensors."""
+        return sum(hop.rows.num_bytes + hop.counts.num_bytes for hop in self.hops)
 
     @property
     def travels(self) -> bool:
         """Whether rows go anywhere. If not, `run` leaves nothing on the tape, and its inputs need not be leaves."""
-        return bool(self._hops)
+        return bool(self.hops)
 
     def announce(self, experts: Tensor) -> Announcement | None:
         """Tells the others how many rows will come, for choices [T, K] among all experts. While the host learns it, the
         device has what is launched until `run`."""
-        return self._announce(self._hops[0], experts) if self._hops else None
+        return self._announce(self.hops[0], experts) if self.hops else None
 
     def _announce(self, hop: Hop, experts: Tensor) -> Announcement:
         if experts.device.type == "cuda" and self._stream is None:
@@ -168,7 +164,7 @@ class Dispatcher:
         if announced is None:
             count(len(routed.rows), 1)
             return experts(routed)
-        return (yield from self._run(self._hops, announced, tape, routed, experts, experts_at_once, count))
+        return (yield from self._run(self.hops, announced, tape, routed, experts, experts_at_once, count))
 
     def _run(
         self,
@@ -243,7 +239,7 @@ class Dispatcher:
         """How many rounds keep the rows that arrive under the bound, the same on all ranks of the expert group: else
         passes that take turns would take them differently."""
         most = counts.rows.sum(0).max()
-        if len(self._hops) > 1:
+        if len(self.hops) > 1:
             most = announced.most_rows()
             dist.all_reduce(most, dist.ReduceOp.MAX, group=self._group)
         return max(-(-int(most) // (bound - len(counts.rows))), 1)
@@ -275,7 +271,7 @@ def make_dispatcher(
     if ranks > 1:
         rows: Carrier = Collectives(mesh.expert_node)
         counts = rows
-        if parallel.copy_engines and can_copy(mesh.expert_node, device):
+        if parallel.copy_engines and can_share(mesh.expert_node, device):
             # Counts do not queue behind rows.
             rows, counts = PeerCopies(mesh.expert_node, device), PeerCopies(mesh.expert_node, device)
         hops.append(Hop(mesh.expert_node, num_experts // nodes // ranks, rows, counts))

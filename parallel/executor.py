@@ -52,7 +52,8 @@ class Executor:
         self.ranks = next(ranks for ranks in mesh.shape.pipelines() if mesh.rank in ranks)
         self._name = schedule
         self._place = mesh.shape.pp_rank(mesh.rank)
-        self._model = next(iter(self.chunks.values())).model
+        chunk = next(iter(self.chunks.values()))
+        self._model, self.dispatcher = chunk.model, chunk.dispatcher
         self._lowered = lru_cache(maxsize=8)(self._lower)
 
     def train(self, batches: Sequence[MicroBatch], weights: LossWeights) -> Outcome:

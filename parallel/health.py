@@ -16,19 +16,22 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from parallel.dispatch import Hop
 from parallel.equality import fingerprint
 from parallel.launch import Place, gather_texts
 from parallel.mesh import Mesh
+from parallel.tape import Flight
+from parallel.transfer import Traffic
 
 MAX_CLOCK_SKEW_S = 30.0
-_SIZE = 256
+_SIZE, _TRANSFERS = 256, 4
 
 
 @dataclass(frozen=True)
 class Facts:
     """What a rank knows about itself: whether products came out `exact` and twice the same (`repeats`), what the
-    `bits` of others were; the mesh's groups in which a sum over ranks was wrong; the versions of imported packages;
-    free bytes where checkpoints go."""
+    `bits` of others were; the mesh's groups in which a sum over ranks was wrong; what brought other rows than were sent
+    (`wrong_carriers`); the versions of imported packages; free bytes where checkpoints go."""
 
     rank: int
     host: str
@@ -37,6 +40,7 @@ class Facts:
     repeats: bool
     bits: int
     wrong_groups: tuple[str, ...]
+    wrong_carriers: tuple[str, ...]
     clock: float
     versions: Mapping[str, str]
     config: str
@@ -52,11 +56,13 @@ class Finding:
     what: str
 
 
-def collect_facts(place: Place, mesh: Mesh, *, dtype: torch.dtype, config: str, free_bytes: int) -> list[Facts]:
-    """The facts of all ranks, known to all; `config` stands for what all must have been given alike. A collective of
-    all ranks."""
+def collect_facts(
+    place: Place, mesh: Mesh, hops: Sequence[Hop], *, dtype: torch.dtype, config: str, free_bytes: int
+) -> list[Facts]:
+    """The facts of all ranks, known to all, who bring rows to experts over `hops`; `config` stands for what all must
+    have been given alike. A collective of all ranks."""
     first, second = probe(place.device, dtype), probe(place.device, dtype)
-    wrong_groups = tuple(_wrong_groups(mesh, place.device))
+    wrong_groups, wrong_carriers = tuple(_wrong_groups(mesh, place.device)), tuple(_wrong_carriers(hops, place.device))
     dist.barrier()
     facts = Facts(
         rank=place.rank,
@@ -66,6 +72,7 @@ def collect_facts(place: Place, mesh: Mesh, *, dtype: torch.dtype, config: str, 
         repeats=first == second,
         bits=first,
         wrong_groups=wrong_groups,
+        wrong_carriers=wrong_carriers,
         clock=time.time(),
         versions=_versions(),
         config=config,
@@ -95,6 +102,8 @@ def _complaints(facts: Sequence[Facts]) -> Iterator[tuple[Facts, str]]:
     for fact in facts:
         if fact.wrong_groups:
             yield fact, f"a sum over its {', '.join(fact.wrong_groups)} ranks came out wrong"
+        for name in fact.wrong_carriers:
+            yield fact, f"{name} bring it other rows than were sent"
         if not fact.exact:
             yield fact, f"products of whole numbers come out wrong on its {fact.device}"
         if not fact.repeats:
@@ -142,6 +151,22 @@ def _wrong_groups(mesh: Mesh, device: torch.device) -> list[str]:
     return [name for name, value in sums.items() if int(value) != expected[name]]
 
 
+def _wrong_carriers(hops: Sequence[Hop], device: torch.device) -> Iterator[str]:
+    """What brings other rows than the ranks of a hop send one another: some times one from each to each."""
+    for hop in hops:
+        number, place = hop.members.number, hop.members.place
+        others = [member for member in range(number) if member != place]
+        traffic, order = Traffic([[1] * number] * number, place), torch.tensor([place, *others], device=device)
+        flights, expected = list[Flight](), list[Tensor]()
+        for transfer in range(_TRANSFERS):
+            values = torch.arange(_SIZE, device=device) + transfer * number * number
+            flights.append(hop.rows.launch(traffic, [(place * number + order).unsqueeze(1) + values]))
+            expected.append((order * number + place).unsqueeze(1) + values)
+        arrived = [flight.wait()[0] for flight in flights]
+        if not all(map(torch.equal, arrived, expected)):
+            yield hop.rows.name
+
+
 def _device_kind(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -161,6 +186,5 @@ def _versions() -> dict[str, str]:
 
 
 def _read(value: dict[str, object]) -> Facts:
-    groups = value["wrong_groups"]
-    assert isinstance(groups, list)
-    return Facts(**{**value, "wrong_groups": tuple(groups)})  # type: ignore[arg-type]
+    lists = {name: tuple(each) for name, each in value.items() if isinstance(each, list)}
+    return Facts(**{**value, **lists})  # type: ignore[arg-type]

@@ -3,7 +3,7 @@
 NCCL carries rows with kernels: they wait for multiprocessors that products hold, then keep them from products. Here a
 rank lays out what leaves in its outbox, memory that the others of its group can read, and each takes what is for it.
 Copies run on copy engines. What ranks tell one another is a number, which one writes into the memory of another and a
-stream there waits for. So no kernel runs, and the host waits for nothing.
+stream there waits for. So no kernel runs, and the host waits for nothing but an outbox that grows.
 
     one stream:      when all have taken n − 2: outbox ← rows that leave; to all others: n is ready; copy rows that stay
     another stream:  for each of the others: when its n is ready: rows ← its outbox; to it: n is taken
@@ -12,31 +12,28 @@ for transfer n: an outbox has two parts, used in turn. All ranks launch the same
 NCCL. Outboxes grow, on all ranks together, when one is too small.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
-from platform import node
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from parallel.peer_memory import GRANULE, PeerMemory, done, driver
 from parallel.tape import Flight
 from parallel.transfer import Traffic
 
 NUM_PARTS = 2
-ALIGNMENT, GRANULE = 1 << 8, 1 << 21
-"""Bytes: what lies in an outbox begins at a multiple of the one, and one of its parts is a multiple of the other."""
+ALIGNMENT = 1 << 8
+"""Bytes, of which what lies in an outbox begins at a multiple."""
 HEADROOM = 1.125
 """As counts differ a little from one transfer to the next, an outbox that grows gets more than it needs by this."""
 READY, TAKEN = 0, 1
 
 
 class PeerCopies:
-    """Carries rows among the ranks of a group whose GPUs reach one another (`can_copy`)."""
+    """Carries rows among the ranks of a group whose GPUs reach one another (`can_share`)."""
 
     name = "copy engines"
     needs_multiprocessors = False
@@ -47,9 +44,14 @@ class PeerCopies:
         # Not all take from the same one at once.
         self._others = [(self._place + turn) % self._size for turn in range(1, self._size)]
         self._giving, self._taking = (torch.cuda.Stream(device, priority=-1) for _ in range(2))
-        self._signals = _Shared(2 * self._size * 4, group, device)
-        self._outboxes = _Shared(NUM_PARTS * GRANULE, group, device)
+        self._signals = PeerMemory(2 * self._size * 4, group)
+        self._outboxes = PeerMemory(NUM_PARTS * GRANULE, group)
         self._number = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the device's memory, beside tensors."""
+        return self._signals.num_bytes + self._outboxes.num_bytes
 
     def launch(self, traffic: Traffic, tensors: Sequence[Tensor]) -> Flight:
         """Launches the transfer of tensors [rows, ...], all of as many rows."""
@@ -97,21 +99,20 @@ class PeerCopies:
         """Sees that each part of an outbox has so many bytes, which are the same on all ranks."""
         if NUM_PARTS * num_bytes > self._outboxes.num_bytes:
             size = -(-round(HEADROOM * num_bytes) // GRANULE) * GRANULE
-            # What others still take from the outbox here lives until they let go of it as well. The new one is not of
-            # torch's allocator, which does not make room for it by itself.
             self._taking.synchronize()
-            del self._outboxes
+            self._outboxes.close()
+            # The new ones are not of torch's allocator, which does not make room for them by itself.
             torch.cuda.empty_cache()
-            self._outboxes = _Shared(NUM_PARTS * size, self._group, self._device)
+            self._outboxes = PeerMemory(NUM_PARTS * size, self._group)
 
     def _tell(self, what: int, member: int, stream: torch.cuda.Stream) -> None:
         address = self._signals.addresses[member] + 4 * (what * self._size + self._place)
-        _done(_driver().cuStreamWriteValue32(stream.cuda_stream, address, self._number & 0xFFFFFFFF, 0))
+        done(driver().cuStreamWriteValue32(stream.cuda_stream, address, self._number & 0xFFFFFFFF, 0))
 
     def _wait(self, what: int, member: int, number: int, stream: torch.cuda.Stream) -> None:
         """Until a member has told the number or a later one, which the driver compares as integers that wrap round."""
         address = self._signals.addresses[self._place] + 4 * (what * self._size + member)
-        _done(_driver().cuStreamWaitValue32(stream.cuda_stream, address, max(number, 0) & 0xFFFFFFFF, 0))
+        done(driver().cuStreamWaitValue32(stream.cuda_stream, address, max(number, 0) & 0xFFFFFFFF, 0))
 
 
 class _Goods:
@@ -158,60 +159,6 @@ class _InCopies:
         return self.arrived
 
 
-class _Shared:
-    """Zeros in the memory of each rank of a group, which all of them can read and write: those of each at one of the
-    `addresses`. All ranks must make it."""
-
-    def __init__(self, num_bytes: int, group: dist.ProcessGroup, device: torch.device) -> None:
-        from torch.distributed import _symmetric_memory as symmetric_memory
-
-        self.num_bytes = num_bytes
-        self._memory = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device).zero_()
-        torch.cuda.synchronize(device)
-        self._handle = symmetric_memory.rendezvous(self._memory, group)
-        self.addresses: list[int] = list(self._handle.buffer_ptrs)
-
-
-def can_copy(group: dist.ProcessGroup, device: torch.device) -> bool:
-    """Whether the ranks of a group are on one machine, each with a GPU that reaches the memory of the others'. All of
-    them must ask, and learn the same."""
-    if device.type != "cuda":
-        return False
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    here = f"{node()} {boot.read_text() if boot.exists() else ''}", device.index
-    places: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(places, here, group=group)
-    # Ranks that each see one GPU alone all call it the first; torch refuses that, unless it is told otherwise.
-    distinct = len(set(places)) == len(places) or os.environ.get("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES") == "1"
-    reached = len({place[0] for place in places}) == 1 and distinct and _has_driver()
-    reached = reached and all(
-        torch.cuda.can_device_access_peer(device.index, index) for *_, index in places if index != device.index
-    )
-    answers: list[Any] = [None] * len(places)
-    dist.all_gather_object(answers, reached, group=group)
-    return all(answers)
-
-
 def _copy(to: int, source: int, num_bytes: int, stream: torch.cuda.Stream) -> None:
     if num_bytes:
-        _done(_driver().cuMemcpyDtoDAsync(to, source, num_bytes, stream.cuda_stream))
-
-
-def _driver() -> Any:
-    """CUDA's driver, whose operations on a stream's memory torch does not offer; torch for CUDA brings it."""
-    from cuda.bindings import driver
-
-    return driver
-
-
-def _has_driver() -> bool:
-    try:
-        _driver()
-    except ImportError:
-        return False
-    return True
-
-
-def _done(result: tuple[Any, ...]) -> None:
-    if result[0] != 0:
-        raise RuntimeError(f"CUDA's driver gives {result[0].name} where rows are copied between GPUs")
+        done(driver().cuMemcpyDtoDAsync(to, source, num_bytes, stream.cuda_stream))

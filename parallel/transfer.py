@@ -36,10 +36,14 @@ class Traffic:
 
 class Carrier(Protocol):
     """Brings rows to the members of a group. All members launch the same transfers in the same order. It says whether
-    it needs multiprocessors, which products hold for long, and its name for users."""
+    it needs multiprocessors, which products hold for long; its name for users; and how many bytes of the device's
+    memory it keeps, beside tensors."""
 
     name: str
     needs_multiprocessors: bool
+
+    @property
+    def num_bytes(self) -> int: ...
 
     def launch(self, traffic: Traffic, tensors: Sequence[Tensor]) -> Flight:
         """Launches the transfer of tensors [rows, ...], all of as many rows."""
@@ -104,6 +108,7 @@ class Collectives:
 
     name = "collectives"
     needs_multiprocessors = True
+    num_bytes = 0
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group

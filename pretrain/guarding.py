@@ -49,6 +49,7 @@ def check_health(run: Assembly) -> None:
     facts = collect_facts(
         run.place,
         run.mesh,
+        run.executor.dispatcher.hops,
         dtype=DTYPES[run.config.precision.dtype],
         config=hashlib.sha256(text.encode()).hexdigest(),
         free_bytes=_free_bytes(run.folder),

@@ -1,7 +1,7 @@
 """The training loop: batches in order, a step each, records, checkpoints, and an orderly stop."""
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +14,7 @@ from model.counts import count_parameters
 from model.experts import fused_in
 from model.quack import multiplies
 from parallel.heartbeat import Pace, watch_ranks
-from parallel.launch import Place
+from parallel.launch import Place, gather_texts
 from parallel.peer_copies import PeerCopies
 from parallel.watchdog import Progress, watch_progress, write_stacks
 from pretrain.assemble import DTYPES, Assembly, assemble, failing_together, open_data, verify_data
@@ -98,8 +98,8 @@ def _train_from(
             model, dtype = run.config.model, DTYPES[run.config.precision.dtype]
             if fused_in(model, dtype, run.model.execution.fp8.config, watched=False) == "bf16":
                 recorder.say(_describe_experts(model))
-        if carriers := next(iter(run.executor.chunks.values())).dispatcher.carriers:
-            recorder.say(_describe_carriers(run, carriers))
+        if run.executor.dispatcher.travels:
+            recorder.say(_describe_carriers(run))
         if run.config.precision.fp8 != "off":
             recorder.say(describe_fp8(run.config, run.model.execution.fp8.config))
         return _loop(run, state, held_out, recorder, stop, progress)
@@ -254,11 +254,22 @@ def _describe_experts(model: ModelConfig) -> str:
     return "experts: torch; QuACK, of the extra `gpu`, is faster on Hopper for sizes that are multiples of 64"
 
 
-def _describe_carriers(run: Assembly, carriers: Sequence[str]) -> str:
-    """Says so where copy engines cannot, which is slower."""
-    asked = run.config.parallel.copy_engines and run.place.device.type == "cuda"
-    where = "; copy engines need GPUs of one node that reach one another and are all visible to each of its ranks"
-    return f"rows to experts: {', then '.join(carriers)}{where if asked and PeerCopies.name not in carriers else ''}"
+def _describe_carriers(run: Assembly) -> str:
+    """What takes rows to experts, hop by hop. Says so where copy engines could and do not, which is slower. All ranks
+    must ask."""
+    said = gather_texts(", then ".join(hop.rows.name for hop in run.executor.dispatcher.hops))
+    ranks = {carriers: [rank for rank, each in enumerate(said) if each == carriers] for carriers in dict.fromkeys(said)}
+    line = "; ".join(f"{carriers} on {len(of)} ranks, {of[0]} the first" for carriers, of in ranks.items())
+    if (
+        run.config.parallel.copy_engines
+        and run.place.device.type == "cuda"
+        and not all(PeerCopies.name in each for each in said)
+    ):
+        line += (
+            "; copy engines need cuda.bindings, and GPUs of one node that reach one another and are visible to each of "
+            "its ranks"
+        )
+    return f"rows to experts: {said[0] if len(ranks) == 1 else line}"
 
 
 def _describe_attention(run: Assembly, state: TrainState) -> str:

@@ -89,7 +89,7 @@ class Meter:
             "tokens_per_s": tokens_per_s,
             "tflops_per_gpu": tflops,
             "mfu": tflops / self._peak if self._peak else None,
-            "max_memory_gib": max_memory_gib(self._run.place.device),
+            "max_memory_gib": max_memory_gib(self._run.place.device, self._run.executor.dispatcher.num_bytes),
             "load_max_violation": float((load.amax(-1) / load.mean(-1) - 1).max()) if len(load) else 0.0,
             "dead_experts": int((load == 0).sum()),
             "data_position": state.position.sample,

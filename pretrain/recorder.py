@@ -204,10 +204,11 @@ def peak_tflops(config: LoggingConfig, device: torch.device, dtype: torch.dtype)
     return next((peak for names, peak in _PEAK_TFLOPS.items() if re.fullmatch(names, name)), None)
 
 
-def max_memory_gib(device: torch.device) -> float:
-    """The most memory this process has held: on the device, or resident where the device is the CPU."""
+def max_memory_gib(device: torch.device, beside_tensors: int = 0) -> float:
+    """The most memory this process has held: on the device, with so many bytes that are not torch's, or resident where
+    the device is the CPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+        return (torch.cuda.max_memory_allocated(device) + beside_tensors) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 

@@ -86,17 +86,23 @@ class Driver:
 
 
 class Shared:
-    """As `parallel.peer_copies._Shared`, in files of `folder`."""
+    """As `PeerMemory`, in files of `folder`."""
 
     folder: Path
     numbers = count()
 
-    def __init__(self, num_bytes: int, group: dist.ProcessGroup, _: torch.device) -> None:
+    def __init__(self, num_bytes: int, group: dist.ProcessGroup) -> None:
         self.num_bytes, number = num_bytes, next(self.numbers)
+        self._group = group
         (self.folder / f"{number}-{dist.get_rank()}").write_bytes(bytes(num_bytes))
         dist.barrier(group)
         self._maps = [self._map(number, rank) for rank in dist.get_process_group_ranks(group)]
         self.addresses = [int(np.frombuffer(each, np.uint8).ctypes.data) for each in self._maps]
+
+    def close(self) -> None:
+        self.addresses = []
+        self._maps = []
+        dist.barrier(self._group)
 
     def _map(self, number: int, rank: int) -> mmap.mmap:
         with open(self.folder / f"{number}-{rank}", "r+b") as file:
@@ -115,4 +121,4 @@ def use_in_this_process(folder: Path) -> None:
     Shared.folder = folder
     computing = Computing()
     torch.cuda.Stream, torch.cuda.current_stream = Stream, lambda *_: computing  # type: ignore[misc,assignment]
-    peer_copies._Shared, peer_copies._driver = Shared, lambda: Driver  # type: ignore[misc,assignment]
+    peer_copies.PeerMemory, peer_copies.driver = Shared, lambda: Driver  # type: ignore[misc,assignment]

@@ -11,7 +11,7 @@ from torch import distributed as dist
 
 def main() -> None:
     # DeepSpeed computes on the GPU of this number.
-    os.environ.update(LOCAL_RANK="0", TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES="1")
+    os.environ["LOCAL_RANK"] = "0"
     join = dist.init_process_group
 
     def join_through_gloo(_: str, **settings: Any) -> None:

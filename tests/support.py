@@ -3,6 +3,7 @@
 import functools
 import gc
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -195,6 +196,12 @@ def small_model_toml(**changes: Any) -> str:
     """The lines of `[model]` for `small_model`."""
     sizes = asdict(small_model(**changes)).items()
     return "\n".join(f"{key} = {value}" for key, value in sizes if isinstance(value, int | float))
+
+
+def gpus_reach_one_another() -> bool:
+    """Whether all of this machine's do, or there is one."""
+    pairs = itertools.combinations(range(torch.cuda.device_count()), 2)
+    return all(torch.cuda.can_device_access_peer(*pair) for pair in pairs)
 
 
 def start_training(

@@ -9,11 +9,6 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 SCRIPT = str(PROJECT / "tests" / "peer_copies_ranks.py")
 
 
-@pytest.fixture(autouse=True)
-def shared_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
-
-
 @pytest.mark.parametrize("processes", [2, 3])
 def test_what_arrives_is_what_was_sent(processes: int) -> None:
     output = finish(start_processes([SCRIPT], processes=processes))

@@ -11,9 +11,11 @@ from peer_copies_ranks import NUM_EXPERTS, bring_rows, travel, travel_over
 from support import finish, run_ranks, start_training, write_run
 from torch import distributed as dist
 
+from parallel import peer_copies
 from parallel.dispatch import Hop
+from parallel.health import _wrong_carriers
 from parallel.mesh import MeshShape, make_mesh
-from parallel.peer_copies import READY, TAKEN, PeerCopies, can_copy
+from parallel.peer_copies import READY, TAKEN, PeerCopies
 from parallel.transfer import Collectives
 
 CPU = torch.device("cpu")
@@ -81,13 +83,23 @@ def test_rows_that_have_crossed_to_a_node(tmp_path: Path) -> None:
     run_ranks(4, cross_nodes, shared, folder=tmp_path)
 
 
-def ask(rank: int) -> bool:
-    assert dist.group.WORLD is not None
-    return can_copy(dist.group.WORLD, CPU)
+def look(rank: int, folder: Path, fault: bool) -> list[str]:
+    """What brings wrong rows to a rank over two hops, when the second one loses some."""
+    use_in_this_process(folder)
+    mesh = make_mesh(MeshShape(world_size=4, ep=4, node_size=2))
+    between, within = Collectives(mesh.expert_node_peers), PeerCopies(mesh.expert_node, CPU)
+    if fault and rank == 3:
+        peer_copies._copy = lambda *_: None
+    hops = [Hop(mesh.expert_node_peers, 2, between, between), Hop(mesh.expert_node, 1, within, within)]
+    return list(_wrong_carriers(hops, CPU))
 
 
-def test_no_copy_engines_without_gpus(tmp_path: Path) -> None:
-    assert run_ranks(2, ask, folder=tmp_path) == [False, False]
+@pytest.mark.parametrize("fault", [False, True])
+def test_health_sees_rows_that_are_lost(tmp_path: Path, fault: bool) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    lost = ["copy engines"] if fault else []
+    assert run_ranks(4, look, shared, fault, folder=tmp_path) == [[], [], lost, lost]
 
 
 def test_a_run_without_gpus_says_what_carries_rows(tmp_path: Path) -> None:

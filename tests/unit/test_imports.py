@@ -37,8 +37,8 @@ def breaches(path: str, source: str) -> Iterator[str]:
     tree = ast.parse(source)
     for name in _imports(tree):
         yield from _check_import(package, name)
-    if package == "parallel" and path != "parallel/peer_copies.py" and "cuda" in _roots(tree):
-        yield "only parallel/peer_copies.py may import cuda"
+    if package == "parallel" and path != "parallel/peer_memory.py" and "cuda" in _roots(tree):
+        yield "only parallel/peer_memory.py may import cuda"
     if path != "parallel/zero.py" and _names(tree, "deepspeed"):
         yield "only parallel/zero.py may name deepspeed"
     for heavy in HEAVY:
@@ -153,7 +153,7 @@ def test_every_package_is_looked_at() -> None:
         ("parallel/a.py", "import deepspeed", "only parallel/zero.py may name deepspeed"),
         ("parallel/a.py", "from deepspeed.moe import layer", "only parallel/zero.py may name deepspeed"),
         ("parallel/a.py", "load('deepspeed.comm')", "only parallel/zero.py may name deepspeed"),
-        ("parallel/a.py", "from cuda.bindings import driver", "only parallel/peer_copies.py may import cuda"),
+        ("parallel/a.py", "from cuda.bindings import driver", "only parallel/peer_memory.py may import cuda"),
         ("model/a.py", "import cuda.bindings", "model may not import cuda"),
         ("parallel/a.py", "import transformer_engine", "only model may name transformer_engine"),
         ("model/a.py", "import triton", "only model/kernels/ and parallel/adamw_kernel.py may name triton"),

@@ -1,0 +1,129 @@
+"""Memory of GPUs that the other processes of their node can read and write, shared as CUDA's processes share memory."""
+
+import os
+from pathlib import Path
+from platform import node
+from typing import Any
+
+import torch
+from torch import distributed as dist
+
+GRANULE = 1 << 21
+"""Bytes. What is shared is a multiple of it: of less the driver puts several into what it allocates, and shares all."""
+_OPEN_TO_PEERS = 1
+
+
+class PeerMemory:
+    """`num_bytes` zeros, or a few more, in the memory of each rank of a group whose GPUs reach one another: those of
+    each at one of the `addresses`. All ranks must make it; and `close` it, each when nothing that it has launched
+    uses it any more. It is not of torch's allocator."""
+
+    def __init__(self, num_bytes: int, group: dist.ProcessGroup) -> None:
+        self.num_bytes = -(-num_bytes // GRANULE) * GRANULE
+        self._group, self._place = group, dist.get_rank(group)
+        self.addresses: list[int] = []
+        self._own = int(done(driver().cuMemAlloc(self.num_bytes)))
+        self.addresses = [self._own]
+        stream = torch.cuda.current_stream()
+        done(driver().cuMemsetD8Async(self._own, 0, self.num_bytes, stream.cuda_stream))
+        stream.synchronize()
+        handles = _tell_all(group, done(driver().cuIpcGetMemHandle(self._own)).reserved)
+        self.addresses = [
+            self._own if member == self._place else _open(handle) for member, handle in enumerate(handles)
+        ]
+
+    def close(self) -> None:
+        """Gives it back, after all ranks have let go of it."""
+        self._let_go()
+        _tell_all(self._group, None)
+        self._free()
+
+    def __del__(self) -> None:
+        # With the run whose ranks it served, which have all come to its end.
+        if self.addresses:
+            self._let_go()
+            self._free()
+
+    def _let_go(self) -> None:
+        for address in self.addresses:
+            if address != self._own:
+                done(driver().cuIpcCloseMemHandle(address))
+        self.addresses = []
+
+    def _free(self) -> None:
+        done(driver().cuMemFree(self._own))
+
+
+def can_share(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Whether the ranks of a group are on one machine, each with a GPU that reaches the memory of the others'. All of
+    them must ask, and learn the same."""
+    if device.type != "cuda":
+        return False
+    places = _tell_all(group, _find_place(device))
+    return all(_tell_all(group, _reaches(places, device)))
+
+
+def driver() -> Any:
+    """CUDA's driver, of which torch offers no more than it needs itself; torch for CUDA brings it."""
+    from cuda.bindings import driver
+
+    return driver
+
+
+def done(result: tuple[Any, ...]) -> Any:
+    """What the driver gave. Raises RuntimeError where it failed."""
+    error, *values = result
+    if error != 0:
+        raise RuntimeError(f"CUDA's driver gives {error.name} where GPUs share memory")
+    return values[0] if values else None
+
+
+def _open(handle: bytes) -> int:
+    shared = driver().CUipcMemHandle()
+    shared.reserved = handle
+    return int(done(driver().cuIpcOpenMemHandle(shared, _OPEN_TO_PEERS)))
+
+
+def _find_place(device: torch.device) -> tuple[str, str]:
+    """The machine, or the container where processes of others share no memory with those of this one; and the GPU."""
+    boot, spaces = Path("/proc/sys/kernel/random/boot_id"), [Path("/proc/self/ns", name) for name in ("ipc", "pid")]
+    machine = [node(), *(path.read_text().strip() for path in (boot,) if path.is_file())]
+    return " ".join((*machine, *(os.readlink(path) for path in spaces if path.is_symlink()))), _name_of_gpu(
+        device.index
+    )
+
+
+def _reaches(places: list[tuple[str, str]], device: torch.device) -> bool:
+    """Whether this process does, and may, reach the GPUs at these places."""
+    if os.environ.get("NCCL_P2P_DISABLE") == "1" or os.environ.get("NCCL_P2P_LEVEL") in ("LOC", "0"):
+        # So is said where drivers only think that GPUs reach one another.
+        return False
+    visible = {_name_of_gpu(index): index for index in range(torch.cuda.device_count())}
+    return (
+        _has_driver()
+        and len({machine for machine, _ in places}) == 1
+        and all(
+            gpu in visible
+            and (visible[gpu] == device.index or torch.cuda.can_device_access_peer(device.index, visible[gpu]))
+            for _, gpu in places
+        )
+    )
+
+
+def _name_of_gpu(index: int) -> str:
+    return str(torch.cuda.get_device_properties(index).uuid)
+
+
+def _has_driver() -> bool:
+    try:
+        driver()
+    except ImportError:
+        return False
+    return True
+
+
+def _tell_all(group: dist.ProcessGroup, value: Any) -> list[Any]:
+    """What each rank of a group says, in order."""
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values

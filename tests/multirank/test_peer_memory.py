@@ -1,0 +1,63 @@
+"""Whether ranks may share their GPUs' memory: all of them learn the same, whichever of them cannot."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from support import run_ranks
+from torch import distributed as dist
+
+from parallel import peer_memory
+from parallel.peer_memory import can_share
+
+Seen = Mapping[str, Any]
+"""What a rank finds: its `machine`, the `gpus` that are visible to it and which is its own, whether they reach one
+another, whether the driver can be called, and variables of the environment."""
+SOUND: Seen = {"machine": "a", "gpus": "xy", "reach": True, "driver": True, "variables": {}}
+
+
+def ask(rank: int, ranks: list[Seen]) -> bool:
+    seen = ranks[rank]
+    patch = pytest.MonkeyPatch()
+    patch.setattr(peer_memory, "node", lambda: seen["machine"])
+    patch.setattr(torch.cuda, "device_count", lambda: len(seen["gpus"]))
+    patch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=seen["gpus"][index]))
+    patch.setattr(torch.cuda, "can_device_access_peer", lambda *pair: seen["reach"] and max(pair) < len(seen["gpus"]))
+    if seen["driver"]:
+        patch.setattr(peer_memory, "driver", lambda: None)
+    for name, value in seen["variables"].items():
+        patch.setenv(name, value)
+    assert dist.group.WORLD is not None
+    return can_share(dist.group.WORLD, torch.device("cuda", seen.get("own", rank)))
+
+
+@pytest.mark.parametrize(
+    ("of_last", "expected"),
+    [
+        ({}, True),
+        ({"own": 0}, True),
+        ({"machine": "b"}, False),
+        ({"gpus": "y", "own": 0}, False),
+        ({"gpus": "zy"}, False),
+        ({"reach": False}, False),
+        ({"driver": False}, False),
+        ({"variables": {"NCCL_P2P_DISABLE": "1"}}, False),
+        ({"variables": {"NCCL_P2P_LEVEL": "LOC"}}, False),
+        ({"variables": {"NCCL_P2P_LEVEL": "NVL"}}, True),
+    ],
+    ids=str,
+)
+def test_all_learn_the_same(tmp_path: Path, of_last: Seen, expected: bool) -> None:
+    assert run_ranks(2, ask, [SOUND, {**SOUND, **of_last}], folder=tmp_path) == [expected] * 2
+
+
+def without_gpus(rank: int) -> bool:
+    assert dist.group.WORLD is not None
+    return can_share(dist.group.WORLD, torch.device("cpu"))
+
+
+def test_nothing_is_shared_without_gpus(tmp_path: Path) -> None:
+    assert run_ranks(2, without_gpus, folder=tmp_path) == [False, False]
