@@ -86,11 +86,10 @@ def _open(handle: bytes) -> int:
 
 def _find_place(device: torch.device) -> tuple[str, str]:
     """The machine, or the container where processes of others share no memory with those of this one; and the GPU."""
-    boot, spaces = Path("/proc/sys/kernel/random/boot_id"), [Path("/proc/self/ns", name) for name in ("ipc", "pid")]
-    machine = [node(), *(path.read_text().strip() for path in (boot,) if path.is_file())]
-    return " ".join((*machine, *(os.readlink(path) for path in spaces if path.is_symlink()))), _name_of_gpu(
-        device.index
-    )
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    spaces = [Path("/proc/self/ns", name) for name in ("ipc", "pid")]
+    names = node(), boot.read_text() if boot.is_file() else "", *(os.readlink(each) for each in spaces if each.exists())
+    return " ".join(names), _name_of_gpu(device.index)
 
 
 def _reaches(places: list[tuple[str, str]], device: torch.device) -> bool:
