@@ -1,6 +1,8 @@
 """Memory of GPUs that the other processes of their node can read and write, shared as CUDA's processes share memory."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from platform import node
 from typing import Any
@@ -16,21 +18,25 @@ _OPEN_TO_PEERS = 1
 class PeerMemory:
     """`num_bytes` zeros, or a few more, in the memory of each rank of a group whose GPUs reach one another: those of
     each at one of the `addresses`. All ranks must make it; and `close` it, each when nothing that it has launched
-    uses it any more. It is not of torch's allocator."""
+    uses it any more. It is not of torch's allocator. Raises RuntimeError, on all ranks, where one of them cannot."""
 
     def __init__(self, num_bytes: int, group: dist.ProcessGroup) -> None:
         self.num_bytes = -(-num_bytes // GRANULE) * GRANULE
-        self._group, self._place = group, dist.get_rank(group)
         self.addresses: list[int] = []
+        self._group, self._place, self._own, self._handle = group, dist.get_rank(group), 0, b""
+        with _failing_together(group):
+            self._allocate()
+        handles = _tell_all(group, self._handle)
+        with _failing_together(group):
+            for member, handle in enumerate(handles):
+                self.addresses.append(self._own if member == self._place else _open(handle))
+
+    def _allocate(self) -> None:
         self._own = int(done(driver().cuMemAlloc(self.num_bytes)))
-        self.addresses = [self._own]
         stream = torch.cuda.current_stream()
         done(driver().cuMemsetD8Async(self._own, 0, self.num_bytes, stream.cuda_stream))
         stream.synchronize()
-        handles = _tell_all(group, done(driver().cuIpcGetMemHandle(self._own)).reserved)
-        self.addresses = [
-            self._own if member == self._place else _open(handle) for member, handle in enumerate(handles)
-        ]
+        self._handle = done(driver().cuIpcGetMemHandle(self._own)).reserved
 
     def close(self) -> None:
         """Gives it back, after all ranks have let go of it."""
@@ -40,9 +46,8 @@ class PeerMemory:
 
     def __del__(self) -> None:
         # With the run whose ranks it served, which have all come to its end.
-        if self.addresses:
-            self._let_go()
-            self._free()
+        self._let_go()
+        self._free()
 
     def _let_go(self) -> None:
         for address in self.addresses:
@@ -51,7 +56,9 @@ class PeerMemory:
         self.addresses = []
 
     def _free(self) -> None:
-        done(driver().cuMemFree(self._own))
+        if self._own:
+            done(driver().cuMemFree(self._own))
+        self._own = 0
 
 
 def can_share(group: dist.ProcessGroup, device: torch.device) -> bool:
@@ -60,7 +67,13 @@ def can_share(group: dist.ProcessGroup, device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     places = _tell_all(group, _find_place(device))
-    return all(_tell_all(group, _reaches(places, device)))
+    if not all(_tell_all(group, _reaches(places, device))):
+        return False
+    try:
+        PeerMemory(GRANULE, group).close()
+    except RuntimeError:
+        return False
+    return True
 
 
 def driver() -> Any:
@@ -88,7 +101,11 @@ def _find_place(device: torch.device) -> tuple[str, str]:
     """The machine, or the container where processes of others share no memory with those of this one; and the GPU."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     spaces = [Path("/proc/self/ns", name) for name in ("ipc", "pid")]
-    names = node(), boot.read_text() if boot.is_file() else "", *(os.readlink(each) for each in spaces if each.exists())
+    names = (
+        node(),
+        boot.read_text().strip() if boot.is_file() else "",
+        *(os.readlink(each) for each in spaces if each.exists()),
+    )
     return " ".join(names), _name_of_gpu(device.index)
 
 
@@ -119,6 +136,18 @@ def _has_driver() -> bool:
     except ImportError:
         return False
     return True
+
+
+@contextmanager
+def _failing_together(group: dist.ProcessGroup) -> Iterator[None]:
+    """What goes wrong on one rank goes wrong on all, so that none waits for another in vain."""
+    problem = ""
+    try:
+        yield
+    except RuntimeError as error:
+        problem = f"rank {dist.get_rank()}: {error}"
+    if problems := [said for said in _tell_all(group, problem) if said]:
+        raise RuntimeError(problems[0])
 
 
 def _tell_all(group: dist.ProcessGroup, value: Any) -> list[Any]:

@@ -15,23 +15,62 @@ from parallel.peer_memory import can_share
 
 Seen = Mapping[str, Any]
 """What a rank finds: its `machine`, the `gpus` that are visible to it and which is its own, whether they reach one
-another, whether the driver can be called, and variables of the environment."""
-SOUND: Seen = {"machine": "a", "gpus": "xy", "reach": True, "driver": True, "variables": {}}
+another, whether there is a driver and which of its functions `fails`, and variables of the environment."""
+SOUND: Seen = {"machine": "a", "gpus": "xy", "reach": True, "driver": True, "fails": "", "variables": {}}
+
+
+class Driver:
+    """Of a rank: `taken` are addresses that are allocated or open. A handle is the number of the rank."""
+
+    CUipcMemHandle = SimpleNamespace
+
+    def __init__(self, rank: int, fails: str) -> None:
+        self.rank, self.fails, self.taken = rank, fails, list[int]()
+
+    def _take(self, name: str, address: int) -> tuple[Any, int]:
+        if self.fails == name:
+            return SimpleNamespace(name="CUDA_ERROR_NOT_SUPPORTED"), 0
+        self.taken.append(address)
+        return 0, address
+
+    def cuMemAlloc(self, _: int) -> tuple[Any, int]:
+        return self._take("cuMemAlloc", 100 + self.rank)
+
+    def cuMemsetD8Async(self, *_: int) -> tuple[int]:
+        return (0,)
+
+    def cuIpcGetMemHandle(self, _: int) -> tuple[Any, Any]:
+        if self.fails == "cuIpcGetMemHandle":
+            return SimpleNamespace(name="CUDA_ERROR_NOT_SUPPORTED"), None
+        return 0, SimpleNamespace(reserved=bytes([self.rank]))
+
+    def cuIpcOpenMemHandle(self, handle: SimpleNamespace, _: int) -> tuple[Any, int]:
+        return self._take("cuIpcOpenMemHandle", 200 + handle.reserved[0])
+
+    def cuIpcCloseMemHandle(self, address: int) -> tuple[int]:
+        self.taken.remove(address)
+        return (0,)
+
+    cuMemFree = cuIpcCloseMemHandle
 
 
 def ask(rank: int, ranks: list[Seen]) -> bool:
     seen = ranks[rank]
+    driver = Driver(rank, seen["fails"])
     patch = pytest.MonkeyPatch()
     patch.setattr(peer_memory, "node", lambda: seen["machine"])
     patch.setattr(torch.cuda, "device_count", lambda: len(seen["gpus"]))
     patch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=seen["gpus"][index]))
     patch.setattr(torch.cuda, "can_device_access_peer", lambda *pair: seen["reach"] and max(pair) < len(seen["gpus"]))
     if seen["driver"]:
-        patch.setattr(peer_memory, "driver", lambda: None)
+        patch.setattr(peer_memory, "driver", lambda: driver)
+    patch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0, synchronize=lambda: None))
     for name, value in seen["variables"].items():
         patch.setenv(name, value)
     assert dist.group.WORLD is not None
-    return can_share(dist.group.WORLD, torch.device("cuda", seen.get("own", rank)))
+    answer = can_share(dist.group.WORLD, torch.device("cuda", seen.get("own", rank)))
+    assert not driver.taken
+    return answer
 
 
 @pytest.mark.parametrize(
@@ -44,6 +83,9 @@ def ask(rank: int, ranks: list[Seen]) -> bool:
         ({"gpus": "zy"}, False),
         ({"reach": False}, False),
         ({"driver": False}, False),
+        ({"fails": "cuMemAlloc"}, False),
+        ({"fails": "cuIpcGetMemHandle"}, False),
+        ({"fails": "cuIpcOpenMemHandle"}, False),
         ({"variables": {"NCCL_P2P_DISABLE": "1"}}, False),
         ({"variables": {"NCCL_P2P_LEVEL": "LOC"}}, False),
         ({"variables": {"NCCL_P2P_LEVEL": "NVL"}}, True),
