@@ -28,7 +28,7 @@ from torch import distributed as dist
 from model.packing import encode_rows
 from parallel.clock import Clock
 from parallel.peer_copies import PeerCopies
-from parallel.peer_memory import can_share
+from parallel.peer_memory import find_obstacle
 from parallel.transfer import AllToAll, Collectives, Fp8AllToAll, Traffic
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -113,7 +113,7 @@ def run_rank(arguments: argparse.Namespace) -> None:
     lines = []
     group = dist.group.WORLD
     assert group is not None
-    copies = PeerCopies(group, device) if can_share(group, device) else None
+    copies = None if find_obstacle(group, device) else PeerCopies(group, device)
     for rows in arguments.rows:
         works = sides(rows, arguments.width, device, copies)
         times = measure(works, device, arguments.rounds)
@@ -122,6 +122,8 @@ def run_rank(arguments: argparse.Namespace) -> None:
             for name in (each for each in (plain, *compared) if each in works):
                 ratio = f"{speeds[name] / speeds[plain]:.2f}"
                 lines.append(f"| {rows} | {name} | {1e6 * median(times[name]):.0f} | {speeds[name]:.1f} | {ratio} |")
+    if copies:
+        copies.close()
     if rank == 0:
         name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU, gloo"
         print(

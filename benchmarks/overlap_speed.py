@@ -52,7 +52,6 @@ from parallel.config import ParallelConfig
 from parallel.dispatch import Dispatcher, Hop
 from parallel.launch import keep_compiled_kernels
 from parallel.mesh import Mesh, make_mesh
-from parallel.peer_memory import can_share
 from parallel.schedule import ScheduleName
 from parallel.tape import Steps, run_in_turns, run_to_end
 from parallel.transfer import Collectives
@@ -97,7 +96,6 @@ def run_rank(arguments: argparse.Namespace) -> None:
     if setting.dtype == torch.bfloat16:
         draw_on_gpu()
     mesh = make_mesh(setting.parallel.mesh_shape(arguments.ep * arguments.pp))
-    copies = arguments.ep > 1 and not arguments.nccl and can_share(mesh.expert_node, setting.device)
     sides = make_sides(arguments, mesh, setting)
     loss, norm, differences = compare(sides, setting)
     times = measure(sides, setting, arguments.rounds)
@@ -107,7 +105,6 @@ def run_rank(arguments: argparse.Namespace) -> None:
         print_table(
             arguments,
             setting,
-            "copy engines" if copies else "collectives",
             sides,
             [median(one.taken for one in of_side) for of_side in times],
             traces,
@@ -235,7 +232,6 @@ def trace(side: Side, setting: Setting, rank: int) -> list[Kernel]:
 def print_table(
     arguments: argparse.Namespace,
     setting: Setting,
-    carried: str,
     sides: Sequence[Side],
     seconds: Sequence[float],
     traces: Sequence[Sequence[Kernel]],
@@ -245,6 +241,9 @@ def print_table(
     layout_name = f"EP {arguments.ep}, PP {arguments.pp}"
     print(f"\n{date.today()}, {arguments.ep * arguments.pp} x {name}, torch {torch.__version__}, {layout_name}")
     print(f"{arguments.micro_batches} micro-batches of {setting.micro_batch_size} x {setting.seq_len} tokens")
+    executor = sides[0].executor
+    assert executor is not None
+    carried = executor.dispatcher.hops[0].rows.name
     print(f"{setting.dtype}, rows in FP8: {arguments.fp8_dispatch}, carried by {carried}, {variables}\n")
     print("| side | ms a step | of the first | main phase ms | all-to-all ms | hidden | compute runs |")
     print("|---|---|---|---|---|---|---|")

@@ -28,7 +28,7 @@ from parallel.clock import Clock
 from parallel.config import ParallelConfig
 from parallel.mesh import Mesh
 from parallel.peer_copies import PeerCopies
-from parallel.peer_memory import can_share
+from parallel.peer_memory import find_obstacle
 from parallel.rows import Leaving, Members, count_leaving, pack_leaving
 from parallel.tape import UNDER_WAY, Steps, Tape
 from parallel.transfer import AllToAll, Carrier, Collectives, Fp8AllToAll, Traffic
@@ -117,12 +117,20 @@ class Announcement:
 
 class Dispatcher:
     """Carries rows over `hops` among the ranks of `group`; with none, all experts are here. At most `max_rows` (0: any
-    number) arrive at the experts at once. With `fp8` rows are in FP8 on the way there. `clock` hears of waiting."""
+    number) arrive at the experts at once. With `fp8` rows are in FP8 on the way there. `clock` hears of waiting.
+    `obstacle` says why no copy engines carry them within a node, where they were to."""
 
     def __init__(
-        self, hops: Sequence[Hop], *, group: dist.ProcessGroup, clock: Clock, max_rows: int = 0, fp8: bool = False
+        self,
+        hops: Sequence[Hop],
+        *,
+        group: dist.ProcessGroup,
+        clock: Clock,
+        max_rows: int = 0,
+        fp8: bool = False,
+        obstacle: str = "",
     ) -> None:
-        self.hops = tuple(hops)
+        self.hops, self.obstacle = tuple(hops), obstacle
         self._clock = clock
         self._group = group
         self._stream: torch.cuda.Stream | None = None
@@ -132,7 +140,17 @@ class Dispatcher:
     @property
     def num_bytes(self) -> int:
         """Of the device's memory that carriers keep, beside tensors."""
-        return sum(hop.rows.num_bytes + hop.counts.num_bytes for hop in self.hops)
+        return sum(carrier.num_bytes for carrier in self.carriers)
+
+    @property
+    def carriers(self) -> tuple[Carrier, ...]:
+        """All that carry rows or counts."""
+        return tuple(dict.fromkeys(carrier for hop in self.hops for carrier in (hop.rows, hop.counts)))
+
+    def close(self) -> None:
+        """Gives back what carriers keep. All ranks must, when they are done."""
+        for carrier in self.carriers:
+            carrier.close()
 
     @property
     def travels(self) -> bool:
@@ -264,19 +282,26 @@ def make_dispatcher(
 ) -> Dispatcher:
     """The way to the `num_experts` experts of a layer: none, over an expert group, or over its nodes first."""
     nodes, ranks = dist.get_world_size(mesh.expert_node_peers), dist.get_world_size(mesh.expert_node)
-    hops = []
+    hops, obstacle = [], ""
     if nodes > 1:
         between = Collectives(mesh.expert_node_peers)
         hops.append(Hop(mesh.expert_node_peers, num_experts // nodes, between, between))
     if ranks > 1:
         rows: Carrier = Collectives(mesh.expert_node)
         counts = rows
-        if parallel.copy_engines and can_share(mesh.expert_node, device):
+        if parallel.copy_engines:
+            obstacle = find_obstacle(mesh.expert_node, device)
+        if parallel.copy_engines and not obstacle:
             # Counts do not queue behind rows.
             rows, counts = PeerCopies(mesh.expert_node, device), PeerCopies(mesh.expert_node, device)
         hops.append(Hop(mesh.expert_node, num_experts // nodes // ranks, rows, counts))
     return Dispatcher(
-        hops, group=mesh.expert, clock=clock, max_rows=parallel.max_expert_rows, fp8=parallel.fp8_dispatch
+        hops,
+        group=mesh.expert,
+        clock=clock,
+        max_rows=parallel.max_expert_rows,
+        fp8=parallel.fp8_dispatch,
+        obstacle=obstacle,
     )
 
 

@@ -20,8 +20,9 @@ from parallel.dispatch import Hop
 from parallel.equality import fingerprint
 from parallel.launch import Place, gather_texts
 from parallel.mesh import Mesh
+from parallel.rows import Members
 from parallel.tape import Flight
-from parallel.transfer import Traffic
+from parallel.transfer import Carrier, Traffic
 
 MAX_CLOCK_SKEW_S = 30.0
 _SIZE, _TRANSFERS = 256, 4
@@ -151,20 +152,29 @@ def _wrong_groups(mesh: Mesh, device: torch.device) -> list[str]:
     return [name for name, value in sums.items() if int(value) != expected[name]]
 
 
-def _wrong_carriers(hops: Sequence[Hop], device: torch.device) -> Iterator[str]:
-    """What brings other rows than the ranks of a hop send one another: some times one from each to each."""
-    for hop in hops:
-        number, place = hop.members.number, hop.members.place
-        others = [member for member in range(number) if member != place]
-        traffic, order = Traffic([[1] * number] * number, place), torch.tensor([place, *others], device=device)
-        flights, expected = list[Flight](), list[Tensor]()
-        for transfer in range(_TRANSFERS):
-            values = torch.arange(_SIZE, device=device) + transfer * number * number
-            flights.append(hop.rows.launch(traffic, [(place * number + order).unsqueeze(1) + values]))
-            expected.append((order * number + place).unsqueeze(1) + values)
-        arrived = [flight.wait()[0] for flight in flights]
-        if not all(map(torch.equal, arrived, expected)):
-            yield hop.rows.name
+def _wrong_carriers(hops: Sequence[Hop], device: torch.device) -> list[str]:
+    """What brings other rows than the ranks of a hop send one another."""
+    wrong = [
+        carrier.name
+        for hop in hops
+        for carrier in dict.fromkeys((hop.rows, hop.counts))
+        if not _brings_rows(carrier, hop.members, device)
+    ]
+    return list(dict.fromkeys(wrong))
+
+
+def _brings_rows(carrier: Carrier, members: Members, device: torch.device) -> bool:
+    """Whether what arrives is what was sent: some times a row from each member to each."""
+    number, place = members.number, members.place
+    others = [member for member in range(number) if member != place]
+    traffic, order = Traffic([[1] * number] * number, place), torch.tensor([place, *others], device=device)
+    flights, expected = list[Flight](), list[Tensor]()
+    for transfer in range(_TRANSFERS):
+        values = torch.arange(_SIZE, device=device) + transfer * number * number
+        flights.append(carrier.launch(traffic, [(place * number + order).unsqueeze(1) + values]))
+        expected.append((order * number + place).unsqueeze(1) + values)
+    arrived = [flight.wait()[0] for flight in flights]
+    return all(map(torch.equal, arrived, expected))
 
 
 def _device_kind(device: torch.device) -> str:

@@ -33,7 +33,7 @@ READY, TAKEN = 0, 1
 
 
 class PeerCopies:
-    """Carries rows among the ranks of a group whose GPUs reach one another (`can_share`)."""
+    """Carries rows among the ranks of a group whose GPUs reach one another (`find_obstacle`)."""
 
     name = "copy engines"
     needs_multiprocessors = False
@@ -66,6 +66,12 @@ class PeerCopies:
             self._take(goods, member)
         self._taking.wait_stream(self._giving)
         return _InCopies(goods.sent, goods.arrived, self._taking.record_event())
+
+    def close(self) -> None:
+        """Gives all memory back. All ranks must, when what they launched has arrived."""
+        self._taking.synchronize()
+        for memory in (self._signals, self._outboxes):
+            memory.close()
 
     def _give(self, goods: "_Goods") -> None:
         """Lays out what leaves; then copies what stays, while others take."""

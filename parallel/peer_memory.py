@@ -45,9 +45,11 @@ class PeerMemory:
         self._free()
 
     def __del__(self) -> None:
-        # With the run whose ranks it served, which have all come to its end.
-        self._let_go()
-        self._free()
+        # What a run that failed has not closed.
+        try:
+            self._let_go()
+        finally:
+            self._free()
 
     def _let_go(self) -> None:
         for address in self.addresses:
@@ -61,19 +63,20 @@ class PeerMemory:
         self._own = 0
 
 
-def can_share(group: dist.ProcessGroup, device: torch.device) -> bool:
-    """Whether the ranks of a group are on one machine, each with a GPU that reaches the memory of the others'. All of
-    them must ask, and learn the same."""
+def find_obstacle(group: dist.ProcessGroup, device: torch.device) -> str:
+    """Why the ranks of a group cannot share memory: "" if they can, as those of one machine do whose GPUs reach one
+    another. All of them must ask, and learn the same."""
     if device.type != "cuda":
-        return False
+        return "there is no GPU"
     places = _tell_all(group, _find_place(device))
-    if not all(_tell_all(group, _reaches(places, device))):
-        return False
+    if said := next(filter(None, _tell_all(group, _what_prevents(places, device))), ""):
+        return str(said)
     try:
-        PeerMemory(GRANULE, group).close()
-    except RuntimeError:
-        return False
-    return True
+        memory = PeerMemory(GRANULE, group)
+    except RuntimeError as error:
+        return str(error)
+    memory.close()
+    return ""
 
 
 def driver() -> Any:
@@ -109,21 +112,23 @@ def _find_place(device: torch.device) -> tuple[str, str]:
     return " ".join(names), _name_of_gpu(device.index)
 
 
-def _reaches(places: list[tuple[str, str]], device: torch.device) -> bool:
-    """Whether this process does, and may, reach the GPUs at these places."""
-    if os.environ.get("NCCL_P2P_DISABLE") == "1" or os.environ.get("NCCL_P2P_LEVEL") in ("LOC", "0"):
+def _what_prevents(places: list[tuple[str, str]], device: torch.device) -> str:
+    """Why this process cannot, or may not, reach the GPUs at these places."""
+    for name, values in (("NCCL_P2P_DISABLE", ("1",)), ("NCCL_P2P_LEVEL", ("LOC", "0"))):
         # So is said where drivers only think that GPUs reach one another.
-        return False
+        if os.environ.get(name) in values:
+            return f"{name} is {os.environ[name]}"
+    if not _has_driver():
+        return "the package cuda-bindings is missing"
+    if len({machine for machine, _ in places}) > 1:
+        return "some of the ranks are on several machines, or in containers with processes of their own"
     visible = {_name_of_gpu(index): index for index in range(torch.cuda.device_count())}
-    return (
-        _has_driver()
-        and len({machine for machine, _ in places}) == 1
-        and all(
-            gpu in visible
-            and (visible[gpu] == device.index or torch.cuda.can_device_access_peer(device.index, visible[gpu]))
-            for _, gpu in places
-        )
-    )
+    for _, gpu in places:
+        if gpu not in visible:
+            return "some GPUs of a machine are not visible to all of its ranks"
+        if visible[gpu] != device.index and not torch.cuda.can_device_access_peer(device.index, visible[gpu]):
+            return "some GPUs do not reach one another"
+    return ""
 
 
 def _name_of_gpu(index: int) -> str:

@@ -49,6 +49,9 @@ class Carrier(Protocol):
         """Launches the transfer of tensors [rows, ...], all of as many rows."""
         ...
 
+    def close(self) -> None:
+        """Gives back what it keeps. All members must, when what they launched has arrived."""
+
 
 class AllToAll:
     """A transfer of rows; gradients go the other way."""
@@ -116,6 +119,9 @@ class Collectives:
     def launch(self, traffic: Traffic, tensors: Sequence[Tensor]) -> Flight:
         """Launches one all-to-all for each tensor."""
         return _InCollectives(self._group, traffic, tensors)
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 class _InCollectives:

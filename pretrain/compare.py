@@ -263,7 +263,7 @@ def _try_building(config: Config, place: Place) -> None:
     """Builds the second run once before the first is trained, so that what this machine cannot do is told at once."""
     with failing_together():
         stream = open_data(config)
-    assemble(config, place, stream)
+    assemble(config, place, stream).executor.dispatcher.close()
 
 
 def _forget_last_run(place: Place) -> None:

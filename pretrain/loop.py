@@ -1,6 +1,7 @@
 """The training loop: batches in order, a step each, records, checkpoints, and an orderly stop."""
 
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ from model.experts import fused_in
 from model.quack import multiplies
 from parallel.heartbeat import Pace, watch_ranks
 from parallel.launch import Place, gather_texts
-from parallel.peer_copies import PeerCopies
 from parallel.watchdog import Progress, watch_progress, write_stacks
 from pretrain.assemble import DTYPES, Assembly, assemble, failing_together, open_data, verify_data
 from pretrain.checkpoints.averages import Averages
@@ -73,6 +73,7 @@ def train(config: Config, place: Place, origin: Origin | None = None) -> bool:
                 progress.made()
                 ended = _train_from(run, state, held_out, stop, progress)
                 if not ended.rolls_back:
+                    run.executor.dispatcher.close()
                     return config.train.is_end(ended.state.step, ended.state.tokens)
                 state = roll_back(run, ended.state)
 
@@ -255,21 +256,13 @@ def _describe_experts(model: ModelConfig) -> str:
 
 
 def _describe_carriers(run: Assembly) -> str:
-    """What takes rows to experts, hop by hop. Says so where copy engines could and do not, which is slower. All ranks
-    must ask."""
-    said = gather_texts(", then ".join(hop.rows.name for hop in run.executor.dispatcher.hops))
-    ranks = {carriers: [rank for rank, each in enumerate(said) if each == carriers] for carriers in dict.fromkeys(said)}
-    line = "; ".join(f"{carriers} on {len(of)} ranks, {of[0]} the first" for carriers, of in ranks.items())
-    if (
-        run.config.parallel.copy_engines
-        and run.place.device.type == "cuda"
-        and not all(PeerCopies.name in each for each in said)
-    ):
-        line += (
-            "; copy engines need cuda.bindings, and GPUs of one node that reach one another and are visible to each of "
-            "its ranks"
-        )
-    return f"rows to experts: {said[0] if len(ranks) == 1 else line}"
+    """What takes rows to experts, hop by hop, and why it is not what it was to be. All ranks must ask."""
+    dispatcher, on_gpu = run.executor.dispatcher, run.place.device.type == "cuda"
+    carriers = ", then ".join(hop.rows.name for hop in dispatcher.hops)
+    why = f", not copy engines: {dispatcher.obstacle}" if dispatcher.obstacle and on_gpu else ""
+    ranks = Counter(gather_texts(carriers + why))
+    parts = ranks if len(ranks) == 1 else [f"{what} (on {number:,} ranks)" for what, number in ranks.items()]
+    return f"rows to experts: {'; '.join(parts)}"
 
 
 def _describe_attention(run: Assembly, state: TrainState) -> str:

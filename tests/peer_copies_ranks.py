@@ -32,7 +32,9 @@ def main() -> None:
     group, _ = dist.new_subgroups_by_enumeration([list(range(size))])
     if "fault" in sys.argv:
         PeerCopies._wait = lambda *_: None
-    bring_rows(PeerCopies(group, device), place, size, device)
+    carrier = PeerCopies(group, device)
+    bring_rows(carrier, place, size, device)
+    carrier.close()
     travel(group, place, size, device)
     print(f"rank {place}: all as sent", flush=True)
     dist.barrier()
@@ -76,6 +78,7 @@ def travel(group: dist.ProcessGroup, place: int, size: int, device: torch.device
     hops = [Hop(group, NUM_EXPERTS // size, PeerCopies(group, device), PeerCopies(group, device))]
     for fp8, skewed, max_rows in product((False, True), (False, True), (0, 600)):
         travel_over(hops, group, place, size, device, fp8=fp8, skewed=skewed, max_rows=max_rows)
+    Dispatcher(hops, group=group, clock=Clock(device)).close()
 
 
 def travel_over(

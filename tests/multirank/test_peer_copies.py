@@ -11,7 +11,6 @@ from peer_copies_ranks import NUM_EXPERTS, bring_rows, travel, travel_over
 from support import finish, run_ranks, start_training, write_run
 from torch import distributed as dist
 
-from parallel import peer_copies
 from parallel.dispatch import Hop
 from parallel.health import _wrong_carriers
 from parallel.mesh import MeshShape, make_mesh
@@ -84,22 +83,23 @@ def test_rows_that_have_crossed_to_a_node(tmp_path: Path) -> None:
 
 
 def look(rank: int, folder: Path, fault: bool) -> list[str]:
-    """What brings wrong rows to a rank over two hops, when the second one loses some."""
+    """What brings wrong rows to a rank over two hops, when one sends others for counts on the second."""
     use_in_this_process(folder)
     mesh = make_mesh(MeshShape(world_size=4, ep=4, node_size=2))
-    between, within = Collectives(mesh.expert_node_peers), PeerCopies(mesh.expert_node, CPU)
+    between, within = Collectives(mesh.expert_node_peers), [PeerCopies(mesh.expert_node, CPU) for _ in range(2)]
+    launch = within[1].launch
     if fault and rank == 3:
-        peer_copies._copy = lambda *_: None
-    hops = [Hop(mesh.expert_node_peers, 2, between, between), Hop(mesh.expert_node, 1, within, within)]
-    return list(_wrong_carriers(hops, CPU))
+        within[1].launch = lambda traffic, tensors: launch(traffic, [tensor + 1 for tensor in tensors])
+    hops = [Hop(mesh.expert_node_peers, 2, between, between), Hop(mesh.expert_node, 1, *within)]
+    return _wrong_carriers(hops, CPU)
 
 
 @pytest.mark.parametrize("fault", [False, True])
-def test_health_sees_rows_that_are_lost(tmp_path: Path, fault: bool) -> None:
+def test_health_sees_wrong_rows(tmp_path: Path, fault: bool) -> None:
     shared = tmp_path / "shared"
     shared.mkdir()
-    lost = ["copy engines"] if fault else []
-    assert run_ranks(4, look, shared, fault, folder=tmp_path) == [[], [], lost, lost]
+    wrong = ["copy engines"] if fault else []
+    assert run_ranks(4, look, shared, fault, folder=tmp_path) == [[], [], wrong, wrong]
 
 
 def test_a_run_without_gpus_says_what_carries_rows(tmp_path: Path) -> None:

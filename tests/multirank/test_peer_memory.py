@@ -11,12 +11,13 @@ from support import run_ranks
 from torch import distributed as dist
 
 from parallel import peer_memory
-from parallel.peer_memory import can_share
+from parallel.peer_memory import find_obstacle
 
 Seen = Mapping[str, Any]
 """What a rank finds: its `machine`, the `gpus` that are visible to it and which is its own, whether they reach one
 another, whether there is a driver and which of its functions `fails`, and variables of the environment."""
 SOUND: Seen = {"machine": "a", "gpus": "xy", "reach": True, "driver": True, "fails": "", "variables": {}}
+FAILURE = "rank 1: CUDA's driver gives CUDA_ERROR_NOT_SUPPORTED where GPUs share memory"
 
 
 class Driver:
@@ -54,7 +55,7 @@ class Driver:
     cuMemFree = cuIpcCloseMemHandle
 
 
-def ask(rank: int, ranks: list[Seen]) -> bool:
+def ask(rank: int, ranks: list[Seen]) -> str:
     seen = ranks[rank]
     driver = Driver(rank, seen["fails"])
     patch = pytest.MonkeyPatch()
@@ -62,13 +63,13 @@ def ask(rank: int, ranks: list[Seen]) -> bool:
     patch.setattr(torch.cuda, "device_count", lambda: len(seen["gpus"]))
     patch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=seen["gpus"][index]))
     patch.setattr(torch.cuda, "can_device_access_peer", lambda *pair: seen["reach"] and max(pair) < len(seen["gpus"]))
-    if seen["driver"]:
-        patch.setattr(peer_memory, "driver", lambda: driver)
+    patch.setattr(peer_memory, "driver", lambda: driver)
+    patch.setattr(peer_memory, "_has_driver", lambda: seen["driver"])
     patch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0, synchronize=lambda: None))
     for name, value in seen["variables"].items():
         patch.setenv(name, value)
     assert dist.group.WORLD is not None
-    answer = can_share(dist.group.WORLD, torch.device("cuda", seen.get("own", rank)))
+    answer = find_obstacle(dist.group.WORLD, torch.device("cuda", seen.get("own", rank)))
     assert not driver.taken
     return answer
 
@@ -76,30 +77,30 @@ def ask(rank: int, ranks: list[Seen]) -> bool:
 @pytest.mark.parametrize(
     ("of_last", "expected"),
     [
-        ({}, True),
-        ({"own": 0}, True),
-        ({"machine": "b"}, False),
-        ({"gpus": "y", "own": 0}, False),
-        ({"gpus": "zy"}, False),
-        ({"reach": False}, False),
-        ({"driver": False}, False),
-        ({"fails": "cuMemAlloc"}, False),
-        ({"fails": "cuIpcGetMemHandle"}, False),
-        ({"fails": "cuIpcOpenMemHandle"}, False),
-        ({"variables": {"NCCL_P2P_DISABLE": "1"}}, False),
-        ({"variables": {"NCCL_P2P_LEVEL": "LOC"}}, False),
-        ({"variables": {"NCCL_P2P_LEVEL": "NVL"}}, True),
+        ({}, ""),
+        ({"own": 0}, ""),
+        ({"machine": "b"}, "some of the ranks are on several machines, or in containers with processes of their own"),
+        ({"gpus": "y", "own": 0}, "some GPUs of a machine are not visible to all of its ranks"),
+        ({"gpus": "zy"}, "some GPUs of a machine are not visible to all of its ranks"),
+        ({"reach": False}, "some GPUs do not reach one another"),
+        ({"driver": False}, "the package cuda-bindings is missing"),
+        ({"fails": "cuMemAlloc"}, FAILURE),
+        ({"fails": "cuIpcGetMemHandle"}, FAILURE),
+        ({"fails": "cuIpcOpenMemHandle"}, FAILURE),
+        ({"variables": {"NCCL_P2P_DISABLE": "1"}}, "NCCL_P2P_DISABLE is 1"),
+        ({"variables": {"NCCL_P2P_LEVEL": "LOC"}}, "NCCL_P2P_LEVEL is LOC"),
+        ({"variables": {"NCCL_P2P_LEVEL": "NVL"}}, ""),
     ],
     ids=str,
 )
-def test_all_learn_the_same(tmp_path: Path, of_last: Seen, expected: bool) -> None:
+def test_all_learn_the_same(tmp_path: Path, of_last: Seen, expected: str) -> None:
     assert run_ranks(2, ask, [SOUND, {**SOUND, **of_last}], folder=tmp_path) == [expected] * 2
 
 
-def without_gpus(rank: int) -> bool:
+def without_gpus(rank: int) -> str:
     assert dist.group.WORLD is not None
-    return can_share(dist.group.WORLD, torch.device("cpu"))
+    return find_obstacle(dist.group.WORLD, torch.device("cpu"))
 
 
 def test_nothing_is_shared_without_gpus(tmp_path: Path) -> None:
-    assert run_ranks(2, without_gpus, folder=tmp_path) == [False, False]
+    assert run_ranks(2, without_gpus, folder=tmp_path) == ["there is no GPU"] * 2
