@@ -102,13 +102,7 @@ def run_rank(arguments: argparse.Namespace) -> None:
     tell("traces")
     traces = [trace(side, setting, mesh.rank) for side in sides]
     if mesh.rank == 0:
-        print_table(
-            arguments,
-            setting,
-            sides,
-            [median(one.taken for one in of_side) for of_side in times],
-            traces,
-        )
+        print_table(arguments, setting, sides, [median(one.taken for one in of_side) for of_side in times], traces)
         print(f"\nloss, summed over ranks, {loss:.6f}, gradient norm {norm:.6f} on all sides")
         print("\n".join(f"BUT {difference}" for difference in differences))
     if mesh.rank == 0 and arguments.intervals and traces[0]:

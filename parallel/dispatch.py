@@ -48,6 +48,11 @@ class Hop:
     counts: Carrier
 
     @property
+    def carriers(self) -> tuple[Carrier, ...]:
+        """One for both, or two."""
+        return tuple(dict.fromkeys((self.rows, self.counts)))
+
+    @property
     def members(self) -> Members:
         """These, for what needs no group."""
         return Members(dist.get_world_size(self.group), self.num_experts, dist.get_rank(self.group))
@@ -140,17 +145,13 @@ class Dispatcher:
     @property
     def num_bytes(self) -> int:
         """Of the device's memory that carriers keep, beside tensors."""
-        return sum(carrier.num_bytes for carrier in self.carriers)
-
-    @property
-    def carriers(self) -> tuple[Carrier, ...]:
-        """All that carry rows or counts."""
-        return tuple(dict.fromkeys(carrier for hop in self.hops for carrier in (hop.rows, hop.counts)))
+        return sum(carrier.num_bytes for hop in self.hops for carrier in hop.carriers)
 
     def close(self) -> None:
         """Gives back what carriers keep. All ranks must, when they are done."""
-        for carrier in self.carriers:
-            carrier.close()
+        for hop in self.hops:
+            for carrier in hop.carriers:
+                carrier.close()
 
     @property
     def travels(self) -> bool:
@@ -289,9 +290,7 @@ def make_dispatcher(
     if ranks > 1:
         rows: Carrier = Collectives(mesh.expert_node)
         counts = rows
-        if parallel.copy_engines:
-            obstacle = find_obstacle(mesh.expert_node, device)
-        if parallel.copy_engines and not obstacle:
+        if parallel.copy_engines and not (obstacle := find_obstacle(mesh.expert_node, device)):
             # Counts do not queue behind rows.
             rows, counts = PeerCopies(mesh.expert_node, device), PeerCopies(mesh.expert_node, device)
         hops.append(Hop(mesh.expert_node, num_experts // nodes // ranks, rows, counts))

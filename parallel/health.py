@@ -154,12 +154,7 @@ def _wrong_groups(mesh: Mesh, device: torch.device) -> list[str]:
 
 def _wrong_carriers(hops: Sequence[Hop], device: torch.device) -> list[str]:
     """What brings other rows than the ranks of a hop send one another."""
-    wrong = [
-        carrier.name
-        for hop in hops
-        for carrier in dict.fromkeys((hop.rows, hop.counts))
-        if not _brings_rows(carrier, hop.members, device)
-    ]
+    wrong = [carrier.name for hop in hops for carrier in hop.carriers if not _brings_rows(carrier, hop.members, device)]
     return list(dict.fromkeys(wrong))
 
 

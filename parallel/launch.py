@@ -109,10 +109,10 @@ def sum_over_processes(values: Tensor) -> Tensor:
     return values
 
 
-def gather_texts(text: str) -> list[str]:
-    """What each process says, in order of rank, known to all."""
-    texts: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(texts, text)
+def gather_texts(text: str, group: dist.ProcessGroup | None = None) -> list[str]:
+    """What each process, of a group or of all, says, in order of rank, known to all of them."""
+    texts: list[str | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(texts, text, group=group)
     return [said or "" for said in texts]
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from parallel.peer_memory import GRANULE, PeerMemory, done, driver
+from parallel.peer_memory import PeerMemory, done, driver
 from parallel.tape import Flight
 from parallel.transfer import Traffic
 
@@ -45,7 +45,7 @@ class PeerCopies:
         self._others = [(self._place + turn) % self._size for turn in range(1, self._size)]
         self._giving, self._taking = (torch.cuda.Stream(device, priority=-1) for _ in range(2))
         self._signals = PeerMemory(2 * self._size * 4, group)
-        self._outboxes = PeerMemory(NUM_PARTS * GRANULE, group)
+        self._outboxes = PeerMemory(NUM_PARTS * ALIGNMENT, group)
         self._number = 0
 
     @property
@@ -104,12 +104,11 @@ class PeerCopies:
     def _make_room(self, num_bytes: int) -> None:
         """Sees that each part of an outbox has so many bytes, which are the same on all ranks."""
         if NUM_PARTS * num_bytes > self._outboxes.num_bytes:
-            size = -(-round(HEADROOM * num_bytes) // GRANULE) * GRANULE
             self._taking.synchronize()
             self._outboxes.close()
             # The new ones are not of torch's allocator, which does not make room for them by itself.
             torch.cuda.empty_cache()
-            self._outboxes = PeerMemory(NUM_PARTS * size, self._group)
+            self._outboxes = PeerMemory(round(NUM_PARTS * HEADROOM * num_bytes), self._group)
 
     def _tell(self, what: int, member: int, stream: torch.cuda.Stream) -> None:
         address = self._signals.addresses[member] + 4 * (what * self._size + self._place)

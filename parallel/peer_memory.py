@@ -1,7 +1,7 @@
 """Memory of GPUs that the other processes of their node can read and write, shared as CUDA's processes share memory."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from platform import node
@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import distributed as dist
+
+from parallel.launch import gather_texts
 
 GRANULE = 1 << 21
 """Bytes. What is shared is a multiple of it: of less the driver puts several into what it allocates, and shares all."""
@@ -23,10 +25,10 @@ class PeerMemory:
     def __init__(self, num_bytes: int, group: dist.ProcessGroup) -> None:
         self.num_bytes = -(-num_bytes // GRANULE) * GRANULE
         self.addresses: list[int] = []
-        self._group, self._place, self._own, self._handle = group, dist.get_rank(group), 0, b""
+        self._group, self._place, self._own, self._handle = group, dist.get_rank(group), 0, ""
         with _failing_together(group):
             self._allocate()
-        handles = _tell_all(group, self._handle)
+        handles = gather_texts(self._handle, group)
         with _failing_together(group):
             for member, handle in enumerate(handles):
                 self.addresses.append(self._own if member == self._place else _open(handle))
@@ -36,12 +38,12 @@ class PeerMemory:
         stream = torch.cuda.current_stream()
         done(driver().cuMemsetD8Async(self._own, 0, self.num_bytes, stream.cuda_stream))
         stream.synchronize()
-        self._handle = done(driver().cuIpcGetMemHandle(self._own)).reserved
+        self._handle = done(driver().cuIpcGetMemHandle(self._own)).reserved.hex()
 
     def close(self) -> None:
         """Gives it back, after all ranks have let go of it."""
         self._let_go()
-        _tell_all(self._group, None)
+        gather_texts("", self._group)
         self._free()
 
     def __del__(self) -> None:
@@ -68,9 +70,9 @@ def find_obstacle(group: dist.ProcessGroup, device: torch.device) -> str:
     another. All of them must ask, and learn the same."""
     if device.type != "cuda":
         return "there is no GPU"
-    places = _tell_all(group, _find_place(device))
-    if said := next(filter(None, _tell_all(group, _what_prevents(places, device))), ""):
-        return str(said)
+    machines, gpus = gather_texts(_name_of_machine(), group), gather_texts(_name_of_gpu(device.index), group)
+    if problem := next(filter(None, gather_texts(_what_prevents(machines, gpus, device), group)), ""):
+        return problem
     try:
         memory = PeerMemory(GRANULE, group)
     except RuntimeError as error:
@@ -94,36 +96,32 @@ def done(result: tuple[Any, ...]) -> Any:
     return values[0] if values else None
 
 
-def _open(handle: bytes) -> int:
+def _open(handle: str) -> int:
     shared = driver().CUipcMemHandle()
-    shared.reserved = handle
+    shared.reserved = bytes.fromhex(handle)
     return int(done(driver().cuIpcOpenMemHandle(shared, _OPEN_TO_PEERS)))
 
 
-def _find_place(device: torch.device) -> tuple[str, str]:
-    """The machine, or the container where processes of others share no memory with those of this one; and the GPU."""
+def _name_of_machine() -> str:
+    """Or of the container, where processes of others share no memory with those of this one."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     spaces = [Path("/proc/self/ns", name) for name in ("ipc", "pid")]
-    names = (
-        node(),
-        boot.read_text().strip() if boot.is_file() else "",
-        *(os.readlink(each) for each in spaces if each.exists()),
-    )
-    return " ".join(names), _name_of_gpu(device.index)
+    started = boot.read_text().strip() if boot.is_file() else ""
+    return " ".join((node(), started, *(os.readlink(space) for space in spaces if space.exists())))
 
 
-def _what_prevents(places: list[tuple[str, str]], device: torch.device) -> str:
-    """Why this process cannot, or may not, reach the GPUs at these places."""
+def _what_prevents(machines: Sequence[str], gpus: Sequence[str], device: torch.device) -> str:
+    """Why this process cannot, or may not, reach these GPUs of ranks on these machines."""
     for name, values in (("NCCL_P2P_DISABLE", ("1",)), ("NCCL_P2P_LEVEL", ("LOC", "0"))):
         # So is said where drivers only think that GPUs reach one another.
         if os.environ.get(name) in values:
             return f"{name} is {os.environ[name]}"
     if not _has_driver():
         return "the package cuda-bindings is missing"
-    if len({machine for machine, _ in places}) > 1:
+    if len(set(machines)) > 1:
         return "some of the ranks are on several machines, or in containers with processes of their own"
     visible = {_name_of_gpu(index): index for index in range(torch.cuda.device_count())}
-    for _, gpu in places:
+    for gpu in gpus:
         if gpu not in visible:
             return "some GPUs of a machine are not visible to all of its ranks"
         if visible[gpu] != device.index and not torch.cuda.can_device_access_peer(device.index, visible[gpu]):
@@ -151,12 +149,5 @@ def _failing_together(group: dist.ProcessGroup) -> Iterator[None]:
         yield
     except RuntimeError as error:
         problem = f"rank {dist.get_rank()}: {error}"
-    if problems := [said for said in _tell_all(group, problem) if said]:
+    if problems := [said for said in gather_texts(problem, group) if said]:
         raise RuntimeError(problems[0])
-
-
-def _tell_all(group: dist.ProcessGroup, value: Any) -> list[Any]:
-    """What each rank of a group says, in order."""
-    values: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
-    return values

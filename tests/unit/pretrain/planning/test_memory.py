@@ -21,10 +21,12 @@ from parallel.chunk import LossWeights, MicroBatch, Outcome
 from parallel.config import ParallelConfig
 from parallel.mesh import make_mesh
 from parallel.optimizer import OptimizerConfig
+from parallel.peer_copies import HEADROOM, NUM_PARTS, _Goods
 from parallel.schedule import make_schedule
 from parallel.simulate import UNIT, simulate
 from parallel.stages import split_layers
 from parallel.tape import Tape, run_to_end
+from parallel.transfer import Traffic
 from parallel.zero import ZeroConfig, load_deepspeed, make_optimizer
 from pretrain.config import load_config
 from pretrain.planning import memory
@@ -32,7 +34,7 @@ from pretrain.planning.activations import Activations, Sizes, peak_of_live
 from pretrain.planning.memory import Memory, rank_memories, rounded_weights, total
 from pretrain.planning.plan import plan
 
-BF16, FP32 = torch.bfloat16, torch.float32
+BF16, FP32, INT64 = torch.bfloat16, torch.float32, torch.int64
 
 
 def sizes_of(
@@ -315,6 +317,18 @@ def test_tokens_are_copied_to_the_ranks_of_their_experts() -> None:
         hit_ranks += len((experts // 4).unique())
     assert nodes == pytest.approx(hit_nodes / 2000, rel=0.01)
     assert ranks == pytest.approx(hit_ranks / 2000, rel=0.01)
+
+
+def test_outboxes_hold_what_leaves() -> None:
+    model = load_config(PROJECT / "configs/dsv3_2b.toml").model
+    planned = sizes_of(model, ParallelConfig(ep=2), BF16, size=8, seq_len=4096)
+    # Half of them for the other rank.
+    count = round(8 * 4096 * planned.copies[-1])
+    rows = torch.empty(count, model.hidden_size, dtype=BF16, device="meta")
+    choices = torch.empty(count, model.num_experts_per_tok, device="meta")
+    goods = _Goods(Traffic([[count // 2] * 2] * 2, 0), [rows, choices.to(FP32), choices.to(INT64)])
+    assert planned.outboxes == pytest.approx(NUM_PARTS * HEADROOM * max(goods.ends), rel=1e-3)
+    assert sizes_of(model, ParallelConfig(ep=2, copy_engines=False), BF16).outboxes == 0
 
 
 def test_rounded_weights_are_kept_twice() -> None:
